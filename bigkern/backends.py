@@ -1,0 +1,88 @@
+"""Which implementation of an op runs.
+
+A backend is a namespace of ``torch.ops`` with the schemas of ``csrc/ops.cpp``: ``native`` is the
+compiled C++ (CPU) and CUDA code, ``triton`` the Triton kernels.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import torch
+
+from bigkern import libraries
+
+NAMESPACES = {"native": "bigkern", "triton": "bigkern_triton"}  # in order of preference
+
+# op -> backend -> device types. A dict, since asking the dispatcher in the call path would break
+# torch.compile's graphs.
+_available: dict[str, dict[str, tuple[str, ...]]] = {}
+
+
+def _check_name(name: str | None, where: str) -> str | None:
+    if name is not None and name not in NAMESPACES:
+        raise ValueError(f"{where} must be one of {list(NAMESPACES)}, got {name!r}")
+    return name
+
+
+_forced = _check_name(os.environ.get("BIGKERN_BACKEND") or None, "BIGKERN_BACKEND")
+
+
+def register(op: str, fake: Callable) -> None:
+    """Makes `op` known: who implements it for which device, and how its outputs look (`fake`)."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    _available[op] = {
+        backend: tuple(
+            device
+            for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
+            if has_kernel(f"{namespace}::{op}", key)
+        )
+        for backend, namespace in NAMESPACES.items()
+        if hasattr(getattr(torch.ops, namespace), op)
+    }
+    for backend in _available[op]:
+        torch.library.register_fake(f"{NAMESPACES[backend]}::{op}", fake)
+
+
+def available(op: str, device_type: str) -> list[str]:
+    """The backends that have `op` for a type of device, best first."""
+    return [backend for backend, devices in _available[op].items() if device_type in devices]
+
+
+def table() -> dict[str, dict[str, tuple[str, ...]]]:
+    """op -> backend -> device types that it runs on."""
+    return {op: dict(backends) for op, backends in _available.items()}
+
+
+def select(op: str, device_type: str) -> ModuleType:
+    """The namespace whose `op` runs: the forced backend's, else the best available.
+
+    Raises NotImplementedError, naming what is available, where the forced backend, or any, lacks
+    the op.
+    """
+    candidates = available(op, device_type)
+    if _forced is None and candidates:
+        return getattr(torch.ops, NAMESPACES[candidates[0]])
+    if _forced in candidates:
+        return getattr(torch.ops, NAMESPACES[_forced])
+    wanted = f"{_forced} backend" if _forced else "backend"
+    hint = "; see `bigkern info`" if device_type == "cuda" and libraries.problems["_C_cuda"] else ""
+    raise NotImplementedError(
+        f"{op} has no {wanted} on {device_type}; available: {candidates}{hint}"
+    )
+
+
+@contextlib.contextmanager
+def use(name: str) -> Iterator[None]:
+    """Forces a backend for the ops called inside, as ``BIGKERN_BACKEND`` does for the process.
+
+    >>> with bigkern.backends.use("native"):
+    ...     optimizer.step()
+    """
+    global _forced
+    previous, _forced = _forced, _check_name(name, "name")
+    try:
+        yield
+    finally:
+        _forced = previous

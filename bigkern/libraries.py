@@ -1,0 +1,43 @@
+"""Loads the compiled libraries: `_C` (op schemas and CPU kernels) and `_C_cuda` (CUDA kernels)."""
+
+from pathlib import Path
+
+import torch
+
+_FOLDER = Path(__file__).parent
+
+REBUILD = (
+    "pip install --no-build-isolation --force-reinstall --no-deps <folder or archive of bigkern>"
+)
+
+
+def _path(name: str) -> Path:
+    return _FOLDER / f"{name}.abi3.so"
+
+
+def _load_native() -> None:
+    if not _path("_C").exists():
+        raise ImportError(f"bigkern isn't compiled: {_path('_C')} is missing; run `{REBUILD}`")
+    torch.ops.load_library(_path("_C"))
+
+
+def _load_cuda() -> str | None:
+    """Loads the CUDA kernels, GPU or not; returns why it didn't, with what to do, or None."""
+    if torch.version.cuda is None:
+        return "this torch is a CPU build; install a CUDA build of torch to use a GPU"
+    if not _path("_C_cuda").exists():
+        return (
+            "not built: no CUDA toolkit was found at installation; install one that matches "
+            f"torch's CUDA {torch.version.cuda}, then `BIGKERN_CUDA=1 {REBUILD}`"
+        )
+    try:
+        torch.ops.load_library(_path("_C_cuda"))
+    except OSError as error:
+        return f"{error}; rebuild for this torch: `BIGKERN_CUDA=1 {REBUILD}`"
+    return None
+
+
+_load_native()
+
+#: Why each library isn't loaded, or None where it is.
+problems: dict[str, str | None] = {"_C": None, "_C_cuda": _load_cuda()}

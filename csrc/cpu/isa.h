@@ -1,0 +1,30 @@
+// Instruction sets. Everything is compiled for baseline x86-64; micro-kernels carry a target attribute and are chosen
+// once per process. A function with such an attribute must not contain a lambda: GCC would compile that for the
+// baseline.
+#pragma once
+
+#define BK_TARGET_SCALAR
+#define BK_TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
+#define BK_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")))
+
+namespace bigkern {
+
+enum class Isa { kScalar, kAvx2, kAvx512 };
+
+// The best set of this CPU.
+Isa best_isa();
+
+// The set in use: BIGKERN_CPU_ISA (scalar, avx2 or avx512) if set, else the best. Raises ValueError for an unknown name
+// or a set that this CPU lacks.
+Isa isa();
+
+const char* name(Isa isa);
+
+// Picks one of the three variants of a kernel.
+template <class Kernel>
+Kernel select(Kernel scalar, Kernel avx2, Kernel avx512) {
+  const Isa in_use = isa();
+  return in_use == Isa::kAvx512 ? avx512 : in_use == Isa::kAvx2 ? avx2 : scalar;
+}
+
+}  // namespace bigkern

@@ -1,0 +1,136 @@
+"""What is installed: from another folder, without optional packages, and one wheel under two
+versions of torch."""
+
+import os
+import re
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from bigkern import info
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*command, env=None, cwd=None, check=True):
+    result = subprocess.run(
+        list(map(str, command)),
+        env=os.environ | (env or {}),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+    )
+    assert not check or result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    return result
+
+
+def test_imports_from_another_folder(tmp_path):
+    code = "import bigkern.kernels, sys; print(bigkern.__version__, 'triton' in sys.modules)"
+    assert run(sys.executable, "-c", code, cwd=tmp_path).stdout.split() == ["0.1.0", "False"]
+
+
+def test_top_level_kernels_is_not_ours(tmp_path):
+    result = run(sys.executable, "-c", "import kernels", cwd=tmp_path, check=False)
+    assert "No module named 'kernels'" in result.stderr
+    result = run(sys.executable, "-c", "import kernels", cwd=ROOT, check=False)
+    assert "this folder is bigkern.kernels" in result.stderr
+
+
+def test_imports_without_triton_numpy_and_extras(tmp_path):
+    for package in ("triton", "sklearn", "torchvision", "tensorboard", "tqdm"):
+        (tmp_path / f"{package}.py").write_text("raise ImportError('not here')")
+    code = "import bigkern, torch; from bigkern.ops import grad_norm; grad_norm([torch.ones(2)])"
+    run(sys.executable, "-c", code, env={"PYTHONPATH": str(tmp_path)})
+
+
+def test_info_names_versions_libraries_and_ops():
+    report = info.report()
+    assert f"torch:                     {torch.__version__}" in report
+    assert re.search(r"_C \(schemas, CPU\):\s+loaded", report)
+    assert re.search(r"_C_cuda \(CUDA\):\s+(loaded|not loaded: .+)", report)
+    assert re.search(r"CPU instruction set:\s+\w+ \(best available: \w+\)", report)
+    assert "| adam_ | yes |" in report
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "env", "message"),
+    [
+        ("None", {"BIGKERN_CUDA": "1"}, "BIGKERN_CUDA=1, but torch 9.9 is a CPU build; install a "),
+        ("'99.0'", {"BIGKERN_CUDA": "1"}, "99"),
+        ("None", {"BIGKERN_CUDA": "yes"}, "BIGKERN_CUDA must be 0 or 1, got 'yes'"),
+    ],
+)
+def test_impossible_cuda_builds_say_what_is_missing(tmp_path, torch_cuda, env, message):
+    (tmp_path / "torch.py").write_text(
+        f"__version__ = '9.9'\nclass version:\n    cuda = {torch_cuda}\n"
+    )
+    env = env | {"PYTHONPATH": str(tmp_path)}
+    result = run(sys.executable, "setup.py", "--version", env=env, cwd=ROOT, check=False)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_no_header_outside_of_the_stable_abi():
+    for path in filter(Path.is_file, (ROOT / "csrc").rglob("*")):
+        for header in re.findall(r"#include <((?:ATen|c10|torch)/.*?)>", path.read_text()):
+            assert header.startswith(
+                ("torch/csrc/stable/", "torch/headeronly/", "torch/csrc/inductor/aoti_torch/c/")
+            ), f"{path} includes {header}"
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-build-isolation",
+        "--no-deps",
+        "-w",
+        folder,
+        ROOT,
+    )
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.mark.slow
+def test_wheel_is_abi3_and_holds_only_bigkern(wheel):
+    assert re.fullmatch(r"bigkern-0\.1\.0-cp310-abi3-\w+\.whl", wheel.name)
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names} == {"bigkern", "bigkern-0.1.0.dist-info"}
+    assert "bigkern/_C.abi3.so" in names
+    assert "bigkern/kernels/__init__.py" in names
+    assert "bigkern/train/digits.npz" in names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["2.13.0+cpu", "2.14.1"])
+def test_one_wheel_runs_under_several_versions_of_torch(wheel, version, tmp_path):
+    """pip must reach PyPI and, for the CPU build, https://download.pytorch.org/whl/cpu."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv/bin/python"
+    run(python, "-m", "pip", "install", f"torch=={version}", "numpy", "pytest")
+    run(python, "-m", "pip", "install", "--no-deps", wheel)
+    tests = [ROOT / "tests" / f"test_{name}.py" for name in ("adam", "optim", "amp", "backends")]
+    (tmp_path / "tests").mkdir()
+    for path in (ROOT / "tests/conftest.py", *tests):
+        (tmp_path / "tests" / path.name).write_text(path.read_text())
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    slow\n    gpu\n")
+    result = run(
+        python, "-m", "pytest", "-q", "--import-mode=importlib", "-m", "not slow", cwd=tmp_path
+    )
+    assert re.search(r"\d+ passed", result.stdout)
+    code = "import torch, bigkern; print(torch.__version__, bigkern.libraries.problems['_C_cuda'])"
+    output = run(python, "-c", code, cwd=tmp_path).stdout
+    assert output.startswith(version.removesuffix("+cpu"))
+    if "cpu" in version:
+        assert "this torch is a CPU build" in output
