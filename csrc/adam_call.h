@@ -1,0 +1,293 @@
+// The door of adam_ and grad_norm, the same for every device: checks the tensors once and turns them into plain
+// pointers.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "adam.h"
+#include "check.h"
+
+namespace bigkern {
+
+using torch::stable::Tensor;
+using TensorList = std::vector<Tensor>;
+
+struct Device {
+  int32_t type = 0, index = 0;
+  bool operator==(const Device& other) const { return type == other.type && index == other.index; }
+};
+
+inline Device device_of(const Tensor& t) {
+  Device device;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device.type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device.index));
+  return device;
+}
+
+inline bool same_sizes(const Tensor& a, const Tensor& b) {
+  const auto x = a.sizes(), y = b.sizes();
+  return x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin());
+}
+
+// Strides agree wherever they matter, that is in dimensions of more than one element.
+inline bool same_strides(const Tensor& a, const Tensor& b) {
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.size(d) > 1 && a.stride(d) != b.stride(d)) return false;
+  }
+  return true;
+}
+
+// Whether the elements fill one range of memory without gaps or overlaps, in whatever order of dimensions.
+inline bool is_dense(const Tensor& t) {
+  std::vector<std::pair<int64_t, int64_t>> stride_and_size;
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    if (t.size(d) > 1) stride_and_size.emplace_back(t.stride(d), t.size(d));
+  }
+  std::sort(stride_and_size.begin(), stride_and_size.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : stride_and_size) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+inline ScalarType check_dtype(const char* list, size_t i, const Tensor& t) {
+  const ScalarType dtype = t.scalar_type();
+  BK_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
+               dtype == ScalarType::BFloat16,
+           list, "[", i, "] must be torch.float32, float64, float16 or bfloat16, got ", name(dtype));
+  return dtype;
+}
+
+inline ScalarRef scalar_ref(const char* argument, const Tensor& t, Device device) {
+  const ScalarType dtype = t.scalar_type();
+  BK_CHECK(t.numel() == 1 && (dtype == ScalarType::Float || dtype == ScalarType::Double), argument,
+           " must be one torch.float32 or torch.float64, got ", name(dtype), " ", shape(t));
+  BK_CHECK(device_of(t) == device, argument, " must be on the device of the first tensor");
+  return {t.data_ptr(), dtype == ScalarType::Double};
+}
+
+inline ScalarRef scalar_ref(const char* argument, const std::optional<Tensor>& t, Device device) {
+  return t.has_value() ? scalar_ref(argument, *t, device) : ScalarRef{};
+}
+
+// Contiguous copies, for the time of a call, of tensors that can't be walked in memory order side by side: a strided
+// view, or a gradient in another layout than its parameter.
+class Staging {
+ public:
+  void* read(const Tensor& t) {
+    if (t.is_contiguous()) return t.data_ptr();
+    copies_.push_back(torch::stable::contiguous(t));
+    return copies_.back().data_ptr();
+  }
+  void* write(const Tensor& t) {
+    void* data = read(t);
+    if (data != t.data_ptr()) written_.emplace_back(t, copies_.back());
+    return data;
+  }
+  void write_back() {
+    for (auto& [original, copy] : written_) torch::stable::copy_(original, copy);
+  }
+
+ private:
+  TensorList copies_;
+  std::vector<std::pair<Tensor, Tensor>> written_;
+};
+
+// The tensors of a parameter group that stay the same from step to step. They are kept as tensors, not as pointers, so
+// that whatever happens to one (p.data = ..., module.to(...)) is seen at the next step.
+struct AdamLists {
+  TensorList params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, master_params;
+};
+
+struct AdamCall {
+  AdamOptions options{};
+  std::vector<AdamTensor> tensors;
+  Staging staging;
+  Device device;
+};
+
+namespace detail {
+
+// Where the i-th parameter's elements lie, once its tensors are checked; param is null where they can't be walked in
+// memory order side by side.
+inline AdamTensor checked_tensor(const AdamLists& lists, const TensorList& grads, size_t i, bool amsgrad,
+                                 Device device) {
+  const Tensor& param = lists.params[i];
+  const Tensor* max_exp_avg_sq = amsgrad ? &lists.max_exp_avg_sqs[i] : nullptr;
+  const Tensor* master_param = lists.master_params.empty() ? nullptr : &lists.master_params[i];
+  const ScalarType dtype = check_dtype("params", i, param), state_dtype = lists.exp_avgs[i].scalar_type();
+  const bool is_half = dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+  BK_CHECK(state_dtype == dtype || (is_half && state_dtype == ScalarType::Float), "exp_avgs[", i, "] must be ",
+           name(dtype), is_half ? " or torch.float32" : "", " like its parameter, got ", name(state_dtype));
+  BK_CHECK(is_half || !master_param, "master_params[", i, "] is for float16 and bfloat16 parameters, got ",
+           name(dtype));
+
+  bool all_contiguous = true, all_like_param = true;
+  const auto check = [&](const char* list, const Tensor& t, ScalarType want) {
+    BK_CHECK(t.scalar_type() == want, list, "[", i, "] must have dtype ", name(want), ", got ", name(t.scalar_type()));
+    BK_CHECK(same_sizes(t, param), list, "[", i, "] must have shape ", shape(param), ", got ", shape(t));
+    BK_CHECK(device_of(t) == device, list, "[", i, "] must be on the device of the first tensor");
+    all_contiguous = all_contiguous && t.is_contiguous();
+    all_like_param = all_like_param && (all_contiguous || same_strides(t, param));
+  };
+  check("params", param, dtype);
+  check("grads", grads[i], dtype);
+  check("exp_avgs", lists.exp_avgs[i], state_dtype);
+  check("exp_avg_sqs", lists.exp_avg_sqs[i], state_dtype);
+  if (max_exp_avg_sq) check("max_exp_avg_sqs", *max_exp_avg_sq, state_dtype);
+  if (master_param) check("master_params", *master_param, ScalarType::Float);
+  const ScalarRef step = scalar_ref("state_steps", lists.state_steps[i], device);
+
+  const bool side_by_side = all_contiguous || (all_like_param && is_dense(param));
+  return {side_by_side ? param.data_ptr() : nullptr,
+          grads[i].data_ptr(),
+          lists.exp_avgs[i].data_ptr(),
+          lists.exp_avg_sqs[i].data_ptr(),
+          max_exp_avg_sq ? max_exp_avg_sq->data_ptr() : nullptr,
+          master_param ? master_param->data_ptr() : nullptr,
+          step,
+          param.numel(),
+          dtype,
+          state_dtype};
+}
+
+// Reads each tensor once in a tight loop, which keeps many cache misses in flight: for thousands of tiny tensors they
+// would else cost more than the step.
+inline void touch(const AdamLists& lists, const TensorList& grads, int64_t begin, int64_t end) {
+  for (const TensorList* list : {&lists.params, &grads, &lists.exp_avgs, &lists.exp_avg_sqs, &lists.state_steps}) {
+    for (int64_t i = begin; i < end; ++i) (*list)[i].data_ptr();
+  }
+}
+
+inline void stage(AdamCall& call, const AdamLists& lists, const TensorList& grads, size_t i) {
+  AdamTensor& t = call.tensors[i];
+  t.param = call.staging.write(lists.params[i]);
+  t.grad = call.staging.read(grads[i]);
+  t.exp_avg = call.staging.write(lists.exp_avgs[i]);
+  t.exp_avg_sq = call.staging.write(lists.exp_avg_sqs[i]);
+  if (t.max_exp_avg_sq) t.max_exp_avg_sq = call.staging.write(lists.max_exp_avg_sqs[i]);
+  if (t.master_param) t.master_param = call.staging.write(lists.master_params[i]);
+}
+
+}  // namespace detail
+
+inline AdamOptions make_options(Device device, double lr, double beta1, double beta2, double weight_decay, double eps,
+                                bool amsgrad, bool maximize, bool decoupled_weight_decay,
+                                std::optional<Tensor> lr_tensor, std::optional<Tensor> grad_scale,
+                                std::optional<Tensor> found_inf, bool check_inf, std::optional<double> max_grad_norm,
+                                std::optional<Tensor> grad_norm, std::optional<Tensor> grad_norm_out) {
+  BK_CHECK(!check_inf || found_inf.has_value(), "check_inf needs found_inf, to report what it found, got None");
+  BK_CHECK(!max_grad_norm.has_value() || *max_grad_norm >= 0.0, "max_grad_norm must be at least 0, got ",
+           *max_grad_norm);
+  return {lr,
+          beta1,
+          beta2,
+          weight_decay,
+          eps,
+          amsgrad,
+          maximize,
+          decoupled_weight_decay,
+          check_inf,
+          max_grad_norm.value_or(INFINITY),
+          scalar_ref("lr_tensor", lr_tensor, device),
+          scalar_ref("grad_scale", grad_scale, device),
+          scalar_ref("found_inf", found_inf, device),
+          scalar_ref("grad_norm", grad_norm, device),
+          scalar_ref("grad_norm_out", grad_norm_out, device)};
+}
+
+inline void add_tensors(AdamCall& call, const AdamLists& lists, const TensorList& grads) {
+  const size_t n = lists.params.size();
+  const auto check_length = [n](const char* list, size_t got, size_t want) {
+    BK_CHECK(got == want, list, " must have ", want, " tensors for ", n, " params, got ", got);
+  };
+  check_length("grads", grads.size(), n);
+  check_length("exp_avgs", lists.exp_avgs.size(), n);
+  check_length("exp_avg_sqs", lists.exp_avg_sqs.size(), n);
+  check_length("max_exp_avg_sqs", lists.max_exp_avg_sqs.size(), call.options.amsgrad ? n : 0);
+  check_length("state_steps", lists.state_steps.size(), n);
+  check_length("master_params", lists.master_params.size(), lists.master_params.empty() ? 0 : n);
+  call.tensors.resize(n);
+  std::atomic<size_t> first_bad{n};
+  torch::stable::parallel_for(0, n, /*grain_size=*/128, [&](int64_t begin, int64_t end) {
+    constexpr int64_t kBatch = 32;
+    for (int64_t batch = begin; batch < end; batch += kBatch) {
+      const int64_t batch_end = std::min(batch + kBatch, end);
+      detail::touch(lists, grads, batch, batch_end);
+      for (int64_t i = batch; i < batch_end; ++i) {
+        try {
+          call.tensors[i] = detail::checked_tensor(lists, grads, i, call.options.amsgrad, call.device);
+        } catch (const std::exception&) {  // must not leave the thread: it is raised again below
+          size_t seen = first_bad;
+          while (size_t(i) < seen && !first_bad.compare_exchange_weak(seen, i)) {
+          }
+        }
+      }
+    }
+  });
+  if (first_bad < n) detail::checked_tensor(lists, grads, first_bad, call.options.amsgrad, call.device);
+  for (size_t i = 0; i < n; ++i) {
+    if (!call.tensors[i].param && call.tensors[i].numel > 0) detail::stage(call, lists, grads, i);
+  }
+}
+
+inline std::vector<Gradient> gradients_of(const std::vector<AdamTensor>& tensors) {
+  std::vector<Gradient> gradients;
+  for (const AdamTensor& t : tensors) gradients.push_back({t.grad, t.numel, t.param_dtype});
+  return gradients;
+}
+
+// The arguments of grad_norm.
+inline std::vector<Gradient> checked_gradients(const TensorList& grads, Staging& staging) {
+  BK_CHECK(!grads.empty(), "grads must have at least one tensor");
+  std::vector<Gradient> gradients;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const ScalarType dtype = check_dtype("grads", i, grads[i]);
+    BK_CHECK(device_of(grads[i]) == device_of(grads[0]), "grads[", i, "] must be on the device of the first tensor");
+    const void* data = is_dense(grads[i]) ? grads[i].data_ptr() : staging.read(grads[i]);
+    gradients.push_back({data, grads[i].numel(), dtype});
+  }
+  return gradients;
+}
+
+// The ops of one device, whose `run` gets the call once it is checked. Options are those of make_options.
+template <void (*run)(const AdamCall&), class Options = decltype(&make_options)>
+struct AdamOps;
+
+template <void (*run)(const AdamCall&), class... Options>
+struct AdamOps<run, AdamOptions (*)(Device, Options...)> {
+  static void adam_(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs,
+                    TensorList max_exp_avg_sqs, TensorList state_steps, TensorList master_params, Options... options) {
+    step({std::move(params), std::move(exp_avgs), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs),
+          std::move(state_steps), std::move(master_params)},
+         grads, options...);
+  }
+
+  // `kept` is what adam_keep returned.
+  static void adam_kept_(int64_t kept, TensorList grads, Options... options) {
+    step(*reinterpret_cast<const AdamLists*>(kept), grads, options...);
+  }
+
+ private:
+  static void step(const AdamLists& lists, const TensorList& grads, Options... options) {
+    if (lists.params.empty()) return;
+    AdamCall call;
+    call.device = device_of(lists.params[0]);
+    call.options = make_options(call.device, options...);
+    add_tensors(call, lists, grads);
+    run(call);
+    call.staging.write_back();
+  }
+};
+
+}  // namespace bigkern

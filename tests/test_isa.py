@@ -1,0 +1,51 @@
+"""Each instruction set runs the op tests, in a process of its own: the choice is made once per
+process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ALL = ["scalar", "avx2", "avx512"]
+BEST = torch.ops.bigkern.best_cpu_isa()
+OP_TESTS = [str(Path(__file__).with_name("test_adam.py"))]
+
+
+def run(isa, *command):
+    return subprocess.run(
+        [sys.executable, *command],
+        env=os.environ | {"BIGKERN_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("isa", [isa for isa in ALL if isa != torch.ops.bigkern.cpu_isa()])
+def test_op_tests_under(isa):
+    if ALL.index(isa) > ALL.index(BEST):
+        pytest.skip(f"this CPU has no {isa}")
+    result = run(isa, "-m", "pytest", "-q", "-k", "not cuda", "-m", "not slow", *OP_TESTS)
+    assert result.returncode == 0, result.stdout[-5000:]
+    assert run(isa, "-c", PRINT_ISA).stdout.strip() == isa
+
+
+PRINT_ISA = "import bigkern, torch; print(torch.ops.bigkern.cpu_isa())"
+
+
+def test_without_the_variable_the_best_is_used():
+    assert run("", "-c", PRINT_ISA).stdout.strip() == BEST
+
+
+def test_unknown_set_is_refused():
+    result = run("sse9", "-c", PRINT_ISA)
+    assert "BIGKERN_CPU_ISA must be scalar, avx2 or avx512, got sse9" in result.stderr
+    assert "ValueError" in result.stderr
+
+
+@pytest.mark.skipif(BEST == "avx512", reason="this CPU has every set")
+def test_set_that_the_cpu_lacks_is_refused():
+    result = run("avx512", "-c", PRINT_ISA)
+    assert f"BIGKERN_CPU_ISA=avx512 is more than this CPU has: {BEST}" in result.stderr
