@@ -1,0 +1,112 @@
+"""What the CUDA compiler makes of csrc/cuda, asked without a GPU."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted(path.name for path in (ROOT / "csrc/cuda").glob("*.cu"))
+ARCHITECTURES = ("80", "90a")
+
+
+class Compiled(NamedTuple):
+    kernels: dict[str, str]  # mangled name -> what ptxas says of it
+    cubin: Path
+
+
+# setup.py itself is asked, in a process where nobody has fixed torch's idea of CUDA_HOME yet.
+ASK_SETUP = """
+import json, setuptools
+from distutils.core import run_setup
+extensions = {e.name: e for e in run_setup("setup.py", stop_after="init").ext_modules}
+from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, CUDA_HOME
+cuda = extensions["bigkern._C_cuda"]
+flags = [*COMMON_NVCC_FLAGS, *cuda.extra_compile_args["nvcc"]]
+print(json.dumps([f"{CUDA_HOME}/bin/nvcc", *flags, *(f"-I{d}" for d in cuda.include_dirs)]))
+"""
+
+
+def _nvcc_command() -> list[str]:
+    """The compiler with the flags that setup.py builds with."""
+    run = subprocess.run(
+        [sys.executable, "-c", ASK_SETUP],
+        cwd=ROOT,
+        env=os.environ | {"BIGKERN_CUDA": "1"},
+        capture_output=True,
+        text=True,
+    )
+    obstacle = re.search(r"BIGKERN_CUDA=1, but (.*)", run.stderr)
+    if obstacle:
+        pytest.skip(obstacle[1])
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> dict[tuple[str, str], Compiled]:
+    nvcc = _nvcc_command()
+    folder = tmp_path_factory.mktemp("cubins")
+
+    def compile_one(source: str, arch: str) -> Compiled:
+        cubin = folder / f"{source}.{arch}.cubin"
+        target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+        command = [*nvcc, target, "-Xptxas=-v", "-cubin", ROOT / "csrc/cuda" / source, "-o", cubin]
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        kernels = re.findall(r"Compiling entry function '(\w+)'(.*?Used \d+ reg)", run.stderr, re.S)
+        return Compiled(dict(kernels), cubin)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = {
+            (source, arch): pool.submit(compile_one, source, arch)
+            for source in SOURCES
+            for arch in ARCHITECTURES
+        }
+    return {key: job.result() for key, job in jobs.items()}
+
+
+def _sass(cubin: Path) -> dict[str, str]:
+    """Mangled name of each kernel -> its machine code."""
+    tool = shutil.which("cuobjdump")
+    if tool is None:
+        triton = pytest.importorskip("triton", reason="needs cuobjdump, which triton contains")
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    text = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    functions = re.split(r"\n\s*Function : (\w+)", text)[1:]
+    return dict(zip(functions[::2], functions[1::2], strict=True))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("source", SOURCES)
+def test_no_kernel_spills_registers(compiled, source, arch):
+    for name, report in compiled[source, arch].kernels.items():
+        wanted = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
+        assert wanted in report, f"{name}: {report}"
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_adam_has_a_kernel_for_each_variant(compiled, arch):
+    names = compiled["adam.cu", arch].kernels
+    # 6 pairs of dtypes, 4 of them with or without master weights; each with or without amsgrad
+    assert sum("adam_kernel" in name for name in names) == (2 + 4 * 2) * 2
+    assert sum("sum_of_squares_kernel" in name for name in names) == 4
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_adam_streams_16_bytes_an_access(compiled, arch):
+    for name, code in _sass(compiled["adam.cu", arch].cubin).items():
+        if "adam_kernel" in name:
+            assert "LDG.E.128" in code, name
+            assert "STG.E.128" in code, name
+        elif "sum_of_squares_kernel" in name:
+            assert code.count("LDG.E.128") >= 4, name  # so many at once in flight
+        local_or_generic = re.search(r"\b(LDL|STL|LD\.E|ST\.E)\b", code)
+        assert local_or_generic is None, f"{name}: {local_or_generic[0]}"
