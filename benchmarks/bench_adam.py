@@ -1,0 +1,98 @@
+"""Adam: bigkern against torch.optim's fused, foreach and plain loop.
+
+python benchmarks/bench_adam.py [--device cuda] [--save]
+"""
+
+import sys
+
+import pytest
+import torch
+from common import alternate, copy_bandwidth, main
+
+import bigkern
+
+SETS = {
+    "16M": [(2**24,)],
+    "Transformer": [(512, 512)] * 48 + [(512, 2048)] * 24 + [(512,)] * 100,
+    "2000 x 256": [(256,)] * 2000,
+    "SimpleCNN": [p.shape for p in bigkern.models.SimpleCNN().parameters()],
+}
+# float32: parameter, gradient and two moments are read, all but the gradient written.
+BYTES_PER_ELEMENT = 28
+
+
+def make(shapes, optimizer_type, device, **options):
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.randn(s, generator=generator).to(device).requires_grad_() for s in shapes]
+    for p in params:
+        p.grad = 1e-3 * torch.randn(p.shape, generator=generator).to(device)
+    return params, optimizer_type(params, **options)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_step(benchmark, name, device):
+    contenders = {
+        "bigkern": make(SETS[name], bigkern.optim.Adam, device)[1].step,
+        "torch fused": make(SETS[name], torch.optim.Adam, device, fused=True)[1].step,
+        "torch foreach": make(SETS[name], torch.optim.Adam, device, foreach=True)[1].step,
+        "torch loop": make(SETS[name], torch.optim.Adam, device, foreach=False)[1].step,
+    }
+    alternate(benchmark, contenders, device)
+    benchmark.extra_info |= {
+        "set": name,
+        "elements": sum(map(torch.Size.numel, map(torch.Size, SETS[name]))),
+    }
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_scaler_clip_step(benchmark, name, device):
+    """unscale, check for inf, clip the global norm to 1, step, update the scale."""
+    params, optimizer = make(SETS[name], torch.optim.Adam, device, fused=True)
+    _, ours = make(SETS[name], bigkern.optim.Adam, device, max_grad_norm=1.0)
+    scaler, our_scaler, stock_scaler = (
+        cls(
+            device, init_scale=1.0
+        )  # torch's way unscales the gradients for good: by 1, time and again
+        for cls in (torch.amp.GradScaler, bigkern.amp.GradScaler, torch.amp.GradScaler)
+    )
+    for each in (scaler, our_scaler, stock_scaler):
+        each.scale(torch.ones(1, device=device))  # makes its tensors
+
+    def torch_step():
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+
+    def bigkern_step(scaler):
+        scaler.step(ours)
+        scaler.update()
+
+    contenders = {
+        "bigkern": lambda: bigkern_step(our_scaler),
+        "torch fused": torch_step,
+        "bigkern, torch's GradScaler": lambda: bigkern_step(stock_scaler),
+    }
+    alternate(benchmark, contenders, device)
+    benchmark.extra_info |= {"set": name}
+
+
+def print_tables(benchmarks, device):
+    limit = copy_bandwidth(device)
+    print(f"copy bandwidth {limit:.1f} GB/s (read + written)\n")
+    print("| step | | ms (quartiles) | GB/s | of copy | torch fused / this |")
+    print("|---|---|---|---|---|---|")
+    for benchmark in benchmarks:
+        info = benchmark["extra_info"]
+        kind = "" if "elements" in info else "GradScaler + clip + step, "
+        fused = info["quartiles_ms"]["torch fused"][1]
+        for contender, (low, median, high) in info["quartiles_ms"].items():
+            speed = BYTES_PER_ELEMENT * info.get("elements", 0) / median / 1e6
+            bandwidth = f"{speed:.1f} | {speed / limit:.0%}" if speed else "- | -"
+            times = f"{median:.3f} ({low:.3f}..{high:.3f})"
+            row = (kind + info["set"], contender, times, bandwidth, f"{fused / median:.2f}")
+            print(f"| {' | '.join(row)} |")
+
+
+if __name__ == "__main__":
+    sys.exit(main(__file__, print_tables))
