@@ -1,0 +1,57 @@
+"""From the options' names to devices, optimizers and backends."""
+
+import contextlib
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+
+from bigkern import amp, backends, optim
+from bigkern.train.config import TrainConfig
+from bigkern.train.errors import UserError
+
+
+def pick_device(name: str) -> torch.device:
+    """The device `name` (auto: CUDA where there is one). Raises UserError if it isn't here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {name} isn't here: torch sees {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def build_optimizer(
+    config: TrainConfig, model: nn.Module, device: torch.device
+) -> tuple[torch.optim.Optimizer, torch.amp.GradScaler]:
+    """The optimizer that `config` names and its GradScaler, which is idle without amp."""
+    params, lr, weight_decay = model.parameters(), config.lr, config.weight_decay
+    scaler_class = torch.amp.GradScaler
+    if config.optimizer == "bigkern":
+        optimizer = optim.Adam(
+            params, lr, weight_decay=weight_decay, max_grad_norm=config.max_grad_norm
+        )
+        scaler_class = amp.GradScaler
+    elif config.optimizer == "torch":
+        optimizer = torch.optim.Adam(params, lr, weight_decay=weight_decay, fused=True)
+    else:
+        optimizer = torch.optim.SGD(params, lr, config.momentum, weight_decay=weight_decay)
+    return optimizer, scaler_class(device.type, enabled=config.amp)
+
+
+def forced_backend(name: str | None) -> AbstractContextManager[None]:
+    """A context in which bigkern's ops run on backend `name`, if one is given, or not at all.
+
+    Raises UserError for one that doesn't exist. One that lacks an op raises NotImplementedError
+    when this op is called.
+    """
+    if name is None:
+        return contextlib.nullcontext()
+    if name not in backends.NAMESPACES:
+        raise UserError(f"backend must be one of {', '.join(backends.NAMESPACES)}, got {name!r}")
+    return backends.use(name)
