@@ -11,7 +11,7 @@ import torch
 
 ALL = ["scalar", "avx2", "avx512"]
 BEST = torch.ops.bigkern.best_cpu_isa()
-OP_TESTS = [str(Path(__file__).with_name("test_adam.py"))]
+OP_TESTS = [str(Path(__file__).with_name(f"test_{op}.py")) for op in ("adam", "grad_norm")]
 
 
 def run(isa, *command):
