@@ -46,7 +46,7 @@ $(BIN)/python:
 $(STAMP): $(SOURCES) | $(BIN)/python
 	$(PIP) install 'torch>=2.10' numpy ninja 'setuptools>=77' pytest
 	$(PIP) install --no-build-isolation --no-deps --editable .
-	$(PIP) install 'bigkern[train,test,bench]' || echo "bigkern: without its optional packages (no network?)"
+	$(PIP) --retries 1 install 'bigkern[train,test,bench]' || echo "bigkern: without its optional packages (no network?)"
 	mkdir -p build && touch $@
 
 build/linters: Makefile | $(BIN)/python

@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <cstdint>
 #include <type_traits>
@@ -28,7 +29,7 @@ void launch(int32_t device_index, void (*kernel)(Parameters...), dim3 grid, dim3
             const std::decay_t<Parameters>&... arguments) {
   const torch::stable::accelerator::DeviceGuard guard(device_index);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
   void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
   STD_CUDA_CHECK(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers, smem_bytes,
                                   static_cast<cudaStream_t>(stream)));
