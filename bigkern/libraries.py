@@ -27,8 +27,8 @@ def _load_cuda() -> str | None:
         return "this torch is a CPU build; install a CUDA build of torch to use a GPU"
     if not _path("_C_cuda").exists():
         return (
-            "not built: no CUDA toolkit was found at installation; install one that matches "
-            f"torch's CUDA {torch.version.cuda}, then `BIGKERN_CUDA=1 {REBUILD}`"
+            f"not built: install a CUDA toolkit for torch's CUDA {torch.version.cuda}, "
+            f"then `BIGKERN_CUDA=1 {REBUILD}`"
         )
     try:
         torch.ops.load_library(_path("_C_cuda"))

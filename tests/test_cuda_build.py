@@ -28,7 +28,7 @@ import json, setuptools
 from distutils.core import run_setup
 extensions = {e.name: e for e in run_setup("setup.py", stop_after="init").ext_modules}
 from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, CUDA_HOME
-cuda = extensions["bigkern._C_cuda"]
+cuda = extensions["bigkern._C_cuda"]  # missing, if setup.py has said why not
 flags = [*COMMON_NVCC_FLAGS, *cuda.extra_compile_args["nvcc"]]
 print(json.dumps([f"{CUDA_HOME}/bin/nvcc", *flags, *(f"-I{d}" for d in cuda.include_dirs)]))
 """
@@ -39,11 +39,11 @@ def _nvcc_command() -> list[str]:
     run = subprocess.run(
         [sys.executable, "-c", ASK_SETUP],
         cwd=ROOT,
-        env=os.environ | {"BIGKERN_CUDA": "1"},
+        env=os.environ | {"BIGKERN_CUDA": ""},
         capture_output=True,
         text=True,
     )
-    obstacle = re.search(r"BIGKERN_CUDA=1, but (.*)", run.stderr)
+    obstacle = re.search(r"building without CUDA kernels: (.*)", run.stdout)
     if obstacle:
         pytest.skip(obstacle[1])
     assert run.returncode == 0, run.stderr
