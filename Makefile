@@ -31,12 +31,14 @@ format: build/linters
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_adam.py
+	$(BIN)/python benchmarks/bench_train.py
 
 # On a machine with a GPU: everything, and the result files.
 gpu: $(STAMP)
 	$(BIN)/python -m bigkern info
 	$(PYTEST)
 	$(BIN)/python benchmarks/bench_adam.py --device cuda --save
+	$(BIN)/python benchmarks/bench_train.py --device cuda --save
 
 $(BIN)/python:
 	$(PYTHON) -m venv --system-site-packages $(VENV)

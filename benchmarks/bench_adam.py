@@ -77,11 +77,13 @@ def test_scaler_clip_step(benchmark, name, device):
     benchmark.extra_info |= {"set": name}
 
 
-def print_tables(benchmarks, device):
+def tables(benchmarks, device):
     limit = copy_bandwidth(device)
-    print(f"copy bandwidth {limit:.1f} GB/s (read + written)\n")
-    print("| step | | ms (quartiles) | GB/s | of copy | torch fused / this |")
-    print("|---|---|---|---|---|---|")
+    lines = [
+        f"copy bandwidth {limit:.1f} GB/s (read + written)\n",
+        "| step | | ms (quartiles) | GB/s | of copy | torch fused / this |",
+        "|---|---|---|---|---|---|",
+    ]
     for benchmark in benchmarks:
         info = benchmark["extra_info"]
         kind = "" if "elements" in info else "GradScaler + clip + step, "
@@ -91,8 +93,9 @@ def print_tables(benchmarks, device):
             bandwidth = f"{speed:.1f} | {speed / limit:.0%}" if speed else "- | -"
             times = f"{median:.3f} ({low:.3f}..{high:.3f})"
             row = (kind + info["set"], contender, times, bandwidth, f"{fused / median:.2f}")
-            print(f"| {' | '.join(row)} |")
+            lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    sys.exit(main(__file__, print_tables))
+    sys.exit(main(__file__, tables))

@@ -32,16 +32,20 @@ def test_train_cnn(benchmark, device, max_grad_norm):
     benchmark.extra_info["set"] = "clipped" if max_grad_norm else "not clipped"
 
 
-def print_tables(benchmarks, device):
-    print("\n| step of `train cnn` | | ms (quartiles) | torch fused / this |")
-    print("|---|---|---|---|")
+def tables(benchmarks, device):
+    lines = [
+        "",
+        "| step of `train cnn` | | ms (quartiles) | torch fused / this |",
+        "|---|---|---|---|",
+    ]
     for benchmark in benchmarks:
         info = benchmark["extra_info"]
         fused = info["quartiles_ms"]["torch fused"][1]
         for contender, (low, median, high) in info["quartiles_ms"].items():
             times = f"{median:.2f} ({low:.2f}..{high:.2f})"
-            print(f"| {info['set']} | {contender} | {times} | {fused / median:.2f} |")
+            lines.append(f"| {info['set']} | {contender} | {times} | {fused / median:.2f} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    sys.exit(main(__file__, print_tables))
+    sys.exit(main(__file__, tables))

@@ -10,6 +10,7 @@ import argparse
 import json
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -77,28 +78,32 @@ def machine(device: str) -> str:
     return f"{where}; torch {torch.__version__}, Python {platform.python_version()}"
 
 
-def main(file: str, print_tables: Callable[[list[dict], str], None]) -> int:
+def main(file: str, tables: Callable[[list[dict], str], str]) -> int:
     """Runs the benchmarks in `file` by pytest-benchmark, and prints their tables."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--save", action="store_true", help=f"write a result file to {RESULTS}")
+    parser.add_argument("--save", action="store_true", help=f"write .json and .md to {RESULTS}")
     parser.add_argument("-k", metavar="EXPRESSION", default="", help="only benchmarks that match")
     args = parser.parse_args()
-    path = RESULTS / f"{Path(file).stem}_{args.device}.json"
-    if not args.save:
-        path = Path("/tmp") / path.name
-    options = ["-q", "--no-header", "-k", args.k, f"--benchmark-json={path}"]
-    options += ["--import-mode=prepend", "-p", "no:cacheprovider", "--benchmark-columns=median"]
-    code = pytest.main([file, *options], plugins=[_Device(args.device)])
-    if code == 0:
+    with tempfile.TemporaryDirectory() as folder:
+        path = (RESULTS if args.save else Path(folder)) / f"{Path(file).stem}_{args.device}.json"
+        options = "-q --no-header --import-mode=prepend -p no:cacheprovider --benchmark-quiet"
+        options = [*options.split(), "--benchmark-disable-gc", f"--benchmark-json={path}"]
+        code = pytest.main([file, "-k", args.k, *options], plugins=[_Plugin(args.device)])
+        if code:
+            return int(code)
         benchmarks = json.loads(path.read_text())["benchmarks"]
-        print(f"\nbigkern {bigkern.__version__}; {machine(args.device)}")
-        print_tables(benchmarks, args.device)
-    return int(code)
+    text = (
+        f"bigkern {bigkern.__version__}; {machine(args.device)}\n{tables(benchmarks, args.device)}"
+    )
+    print(f"\n{text}")
+    if args.save:
+        path.with_suffix(".md").write_text(f"{text}\n")
+    return 0
 
 
-class _Device:
-    """The `device` of all benchmarks, as a fixture."""
+class _Plugin:
+    """The `device` of all benchmarks as a fixture, and the machine in the result file."""
 
     def __init__(self, device: str) -> None:
         self.name = device
@@ -106,3 +111,7 @@ class _Device:
     @pytest.fixture(scope="session")
     def device(self) -> str:
         return self.name
+
+    def pytest_benchmark_update_machine_info(self, machine_info: dict) -> None:
+        del machine_info["node"]
+        machine_info["description"] = machine(self.name)

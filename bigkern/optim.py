@@ -2,7 +2,7 @@
 group."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, ValuesView
 from itertools import chain
 from operator import is_
 from typing import Any, NamedTuple
@@ -111,9 +111,7 @@ class Adam(torch.optim.Adam):
         self.state_dtype = state_dtype
         self.master_weights = master_weights
         self.grad_norm: Tensor | None = None
-        self._batches: list[_Batch] = []
-        self._has_grad: list[list[bool]] = []
-        self._seen: list[Any] = []
+        self._forget_batches()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -185,6 +183,14 @@ class Adam(torch.optim.Adam):
             )
         return loss
 
+    def _forget_batches(self) -> None:
+        self._batches: list[_Batch] = []
+        self._has_grad: list[
+            list[bool]
+        ] = []  # of each group's parameters, when the batches were made
+        self._seen: list[Any] = []  # _sources(), at that time
+        self._views: list[ValuesView] = []  # on what the dicts in self.state hold now
+
     def _current_batches(self, grads: list[list[Tensor | None]]) -> list[_Batch]:
         """The batches, made anew if anything that they were made of is another object than then."""
         has_grad = [[grad is not None for grad in group_grads] for group_grads in grads]
@@ -192,6 +198,7 @@ class Adam(torch.optim.Adam):
             self._batches = [
                 batch for i in range(len(grads)) for batch in self._new_batches(i, has_grad[i])
             ]
+            self._views = [s.values() for s in self.state.values() if isinstance(s, dict)]
             self._has_grad, self._seen = has_grad, list(self._sources())
         return self._batches
 
@@ -201,7 +208,7 @@ class Adam(torch.optim.Adam):
             chain.from_iterable(group["params"] for group in self.param_groups),
             (group["amsgrad"] for group in self.param_groups),
             self.state.values(),
-            chain.from_iterable(map(dict.values, self.state.values())),
+            chain.from_iterable(self._views),
             [self],  # the end: what follows it in a longer list would not be compared
         )
 
@@ -274,7 +281,7 @@ class Adam(torch.optim.Adam):
                     self.state[p][name] = value.to(p.device, self._state_dtype(p))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._batches, self._has_grad, self._seen = [], [], []
+        self._forget_batches()
         super().__setstate__(state)
         for p, p_state in self.state.items():
             if "step" in p_state:

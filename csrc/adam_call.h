@@ -33,9 +33,14 @@ inline Device device_of(const Tensor& t) {
   return device;
 }
 
-inline bool same_sizes(const Tensor& a, const Tensor& b) {
-  const auto x = a.sizes(), y = b.sizes();
-  return x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin());
+inline bool same_sizes(AtenTensorHandle a, AtenTensorHandle b) {
+  int64_t dim, dim_b, *sizes, *sizes_b;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(a, &dim));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(b, &dim_b));
+  if (dim != dim_b) return false;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(a, &sizes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(b, &sizes_b));
+  return std::equal(sizes, sizes + dim, sizes_b);
 }
 
 // Strides agree wherever they matter, that is in dimensions of more than one element.
@@ -108,6 +113,40 @@ class Staging {
 // that whatever happens to one (p.data = ..., module.to(...)) is seen at the next step.
 struct AdamLists {
   TensorList params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, master_params;
+  std::vector<AdamTensor> seen{};  // where they were at the last call
+};
+
+// The gradients of a call, as handles: a stable Tensor each would take twice the time.
+class GradList {
+ public:
+  explicit GradList(StableListHandle list) : list_(list) {
+    size_t size;
+    TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
+    handles_.reserve(size);
+    for (size_t i = 0; i < size; ++i) {
+      StableIValue item;
+      TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));
+      handles_.push_back(torch::stable::detail::to<AtenTensorHandle>(item));
+    }
+  }
+  GradList(const GradList&) = delete;
+  GradList& operator=(const GradList&) = delete;
+  ~GradList() {
+    for (const AtenTensorHandle handle : handles_) aoti_torch_delete_tensor_object(handle);
+    torch_delete_list(list_);
+  }
+
+  size_t size() const { return handles_.size(); }
+  AtenTensorHandle handle(size_t i) const { return handles_[i]; }
+  Tensor operator[](size_t i) const {
+    AtenTensorHandle copy;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handles_[i], &copy));
+    return Tensor(copy);
+  }
+
+ private:
+  StableListHandle list_;
+  std::vector<AtenTensorHandle> handles_;
 };
 
 struct AdamCall {
@@ -121,9 +160,9 @@ namespace detail {
 
 // Where the i-th parameter's elements lie, once its tensors are checked; param is null where they can't be walked in
 // memory order side by side.
-inline AdamTensor checked_tensor(const AdamLists& lists, const TensorList& grads, size_t i, bool amsgrad,
-                                 Device device) {
+inline AdamTensor checked_tensor(const AdamLists& lists, const GradList& grads, size_t i, bool amsgrad, Device device) {
   const Tensor& param = lists.params[i];
+  const Tensor grad = grads[i];
   const Tensor* max_exp_avg_sq = amsgrad ? &lists.max_exp_avg_sqs[i] : nullptr;
   const Tensor* master_param = lists.master_params.empty() ? nullptr : &lists.master_params[i];
   const ScalarType dtype = check_dtype("params", i, param), state_dtype = lists.exp_avgs[i].scalar_type();
@@ -133,16 +172,16 @@ inline AdamTensor checked_tensor(const AdamLists& lists, const TensorList& grads
   BK_CHECK(is_half || !master_param, "master_params[", i, "] is for float16 and bfloat16 parameters, got ",
            name(dtype));
 
-  bool all_contiguous = true, all_like_param = true;
+  bool all_contiguous = param.is_contiguous(), all_like_param = true;
   const auto check = [&](const char* list, const Tensor& t, ScalarType want) {
     BK_CHECK(t.scalar_type() == want, list, "[", i, "] must have dtype ", name(want), ", got ", name(t.scalar_type()));
-    BK_CHECK(same_sizes(t, param), list, "[", i, "] must have shape ", shape(param), ", got ", shape(t));
+    BK_CHECK(same_sizes(t.get(), param.get()), list, "[", i, "] must have shape ", shape(param), ", got ", shape(t));
     BK_CHECK(device_of(t) == device, list, "[", i, "] must be on the device of the first tensor");
     all_contiguous = all_contiguous && t.is_contiguous();
     all_like_param = all_like_param && (all_contiguous || same_strides(t, param));
   };
-  check("params", param, dtype);
-  check("grads", grads[i], dtype);
+  BK_CHECK(device_of(param) == device, "params[", i, "] must be on the device of the first tensor");
+  check("grads", grad, dtype);
   check("exp_avgs", lists.exp_avgs[i], state_dtype);
   check("exp_avg_sqs", lists.exp_avg_sqs[i], state_dtype);
   if (max_exp_avg_sq) check("max_exp_avg_sqs", *max_exp_avg_sq, state_dtype);
@@ -151,7 +190,7 @@ inline AdamTensor checked_tensor(const AdamLists& lists, const TensorList& grads
 
   const bool side_by_side = all_contiguous || (all_like_param && is_dense(param));
   return {side_by_side ? param.data_ptr() : nullptr,
-          grads[i].data_ptr(),
+          grad.data_ptr(),
           lists.exp_avgs[i].data_ptr(),
           lists.exp_avg_sqs[i].data_ptr(),
           max_exp_avg_sq ? max_exp_avg_sq->data_ptr() : nullptr,
@@ -162,15 +201,42 @@ inline AdamTensor checked_tensor(const AdamLists& lists, const TensorList& grads
           state_dtype};
 }
 
-// Reads each tensor once in a tight loop, which keeps many cache misses in flight: for thousands of tiny tensors they
-// would else cost more than the step.
-inline void touch(const AdamLists& lists, const TensorList& grads, int64_t begin, int64_t end) {
-  for (const TensorList* list : {&lists.params, &grads, &lists.exp_avgs, &lists.exp_avg_sqs, &lists.state_steps}) {
-    for (int64_t i = begin; i < end; ++i) (*list)[i].data_ptr();
-  }
+inline void* data_of(AtenTensorHandle t) {
+  void* data;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(t, &data));
+  return data;
 }
 
-inline void stage(AdamCall& call, const AdamLists& lists, const TensorList& grads, size_t i) {
+// Whether a tensor is contiguous, on this device, with so many elements of this type.
+inline bool is_plain(AtenTensorHandle t, int64_t want_numel, int32_t want_dtype, int32_t want_device_index) {
+  int64_t numel;
+  int32_t dtype, device_index;
+  bool is_contiguous;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(t, &numel));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t, &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t, &device_index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(t, &is_contiguous));
+  return numel == want_numel && dtype == want_dtype && device_index == want_device_index && is_contiguous;
+}
+
+// Whether `seen`, where all is contiguous, still tells where the i-th tensors lie; then it gets the gradient's address.
+// For thousands of tiny tensors, to read all that checked_tensor does would take longer than the step.
+inline bool is_as_seen(const AdamLists& lists, const GradList& grads, size_t i, Device device, AdamTensor& seen) {
+  const auto stays = [](const Tensor& t, const void* data) { return t.data_ptr() == data; };
+  if (!seen.param || !stays(lists.params[i], seen.param) || !stays(lists.exp_avgs[i], seen.exp_avg) ||
+      !stays(lists.exp_avg_sqs[i], seen.exp_avg_sq) || !stays(lists.state_steps[i], seen.step.data) ||
+      (seen.max_exp_avg_sq && !stays(lists.max_exp_avg_sqs[i], seen.max_exp_avg_sq)) ||
+      (seen.master_param && !stays(lists.master_params[i], seen.master_param))) {
+    return false;
+  }
+  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(seen.param_dtype));
+  seen.grad = data_of(grads.handle(i));
+  return is_plain(lists.params[i].get(), seen.numel, dtype, device.index) &&
+         is_plain(grads.handle(i), seen.numel, dtype, device.index) &&
+         same_sizes(grads.handle(i), lists.params[i].get());
+}
+
+inline void stage(AdamCall& call, const AdamLists& lists, const GradList& grads, size_t i) {
   AdamTensor& t = call.tensors[i];
   t.param = call.staging.write(lists.params[i]);
   t.grad = call.staging.read(grads[i]);
@@ -207,7 +273,7 @@ inline AdamOptions make_options(Device device, double lr, double beta1, double b
           scalar_ref("grad_norm_out", grad_norm_out, device)};
 }
 
-inline void add_tensors(AdamCall& call, const AdamLists& lists, const TensorList& grads) {
+inline void add_tensors(AdamCall& call, AdamLists& lists, const GradList& grads) {
   const size_t n = lists.params.size();
   const auto check_length = [n](const char* list, size_t got, size_t want) {
     BK_CHECK(got == want, list, " must have ", want, " tensors for ", n, " params, got ", got);
@@ -219,21 +285,21 @@ inline void add_tensors(AdamCall& call, const AdamLists& lists, const TensorList
   check_length("state_steps", lists.state_steps.size(), n);
   check_length("master_params", lists.master_params.size(), lists.master_params.empty() ? 0 : n);
   call.tensors.resize(n);
+  lists.seen.resize(n);
   std::atomic<size_t> first_bad{n};
   torch::stable::parallel_for(0, n, /*grain_size=*/128, [&](int64_t begin, int64_t end) {
-    constexpr int64_t kBatch = 32;
-    for (int64_t batch = begin; batch < end; batch += kBatch) {
-      const int64_t batch_end = std::min(batch + kBatch, end);
-      detail::touch(lists, grads, batch, batch_end);
-      for (int64_t i = batch; i < batch_end; ++i) {
-        try {
-          call.tensors[i] = detail::checked_tensor(lists, grads, i, call.options.amsgrad, call.device);
-        } catch (const std::exception&) {  // must not leave the thread: it is raised again below
-          size_t seen = first_bad;
-          while (size_t(i) < seen && !first_bad.compare_exchange_weak(seen, i)) {
-          }
+    for (int64_t i = begin; i < end; ++i) {
+      AdamTensor& seen = lists.seen[i];
+      try {
+        if (!detail::is_as_seen(lists, grads, i, call.device, seen)) {
+          seen = detail::checked_tensor(lists, grads, i, call.options.amsgrad, call.device);
+        }
+      } catch (const std::exception&) {  // must not leave the thread: it is raised again below
+        size_t bad = first_bad;
+        while (size_t(i) < bad && !first_bad.compare_exchange_weak(bad, i)) {
         }
       }
+      call.tensors[i] = seen;
     }
   });
   if (first_bad < n) detail::checked_tensor(lists, grads, first_bad, call.options.amsgrad, call.device);
@@ -267,20 +333,20 @@ struct AdamOps;
 
 template <void (*run)(const AdamCall&), class... Options>
 struct AdamOps<run, AdamOptions (*)(Device, Options...)> {
-  static void adam_(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs,
+  static void adam_(TensorList params, StableListHandle grads, TensorList exp_avgs, TensorList exp_avg_sqs,
                     TensorList max_exp_avg_sqs, TensorList state_steps, TensorList master_params, Options... options) {
-    step({std::move(params), std::move(exp_avgs), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs),
-          std::move(state_steps), std::move(master_params)},
-         grads, options...);
+    AdamLists lists{std::move(params),          std::move(exp_avgs),    std::move(exp_avg_sqs),
+                    std::move(max_exp_avg_sqs), std::move(state_steps), std::move(master_params)};
+    step(lists, GradList(grads), options...);
   }
 
   // `kept` is what adam_keep returned.
-  static void adam_kept_(int64_t kept, TensorList grads, Options... options) {
-    step(*reinterpret_cast<const AdamLists*>(kept), grads, options...);
+  static void adam_kept_(int64_t kept, StableListHandle grads, Options... options) {
+    step(*reinterpret_cast<AdamLists*>(kept), GradList(grads), options...);
   }
 
  private:
-  static void step(const AdamLists& lists, const TensorList& grads, Options... options) {
+  static void step(AdamLists& lists, const GradList& grads, Options... options) {
     if (lists.params.empty()) return;
     AdamCall call;
     call.device = device_of(lists.params[0]);

@@ -8,7 +8,7 @@ import torch
 from helpers import DTYPES, EPS, HALVES, OPTIONS, Problem
 
 import bigkern
-from bigkern.ops import adam_, grad_norm, reference
+from bigkern.ops import AdamGroup, adam_, grad_norm, reference
 from bigkern.testing import assert_as_accurate
 
 
@@ -279,6 +279,35 @@ def test_bad_options_are_named(options, message):
         adam_(*problem.lists(), **OPTIONS | options)
     assert message in str(error.value)
     assert problem.steps[0].item() == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda g: g.double(), "grads[1] must have dtype torch.float32, got torch.float64"),
+        (lambda g: g.mT.contiguous(), "grads[1] must have shape [4, 2], got [2, 4]"),
+        (lambda g: g[:2], "grads[1] must have shape [4, 2], got [2, 2]"),
+        (None, "grads must have 2 tensors for 2 params, got 1"),
+    ],
+)
+def test_kept_lists_check_each_call_anew(change, message):
+    problem, plain = (Problem(torch.float32, shapes=[(3,), (4, 2)]) for _ in range(2))
+    group = AdamGroup(
+        problem.params, problem.exp_avgs, problem.exp_avg_sqs, [], problem.steps, problem.masters
+    )
+    options = OPTIONS | {"amsgrad": False, "maximize": False, "decoupled_weight_decay": False}
+    for step in range(4):
+        if step in (0, 2):
+            bad = [problem.grads[0], change(problem.grads[1])] if change else problem.grads[:1]
+            with pytest.raises(ValueError, match=r".*") as error:
+                group.step_(bad, **options)
+            assert message in str(error.value)
+        problem.new_grads()
+        plain.new_grads()
+        group.step_([g.clone() for g in problem.grads], **options)
+        adam_(*plain.lists(), **OPTIONS)
+    for a, b in zip(problem.tensors(), plain.tensors(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_sparse_gradients_are_refused():

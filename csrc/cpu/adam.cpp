@@ -89,18 +89,21 @@ void adam_cpu(const AdamCall& call) {
   if (options.check_inf && !std::isfinite(grad_norm)) options.found_inf.set(1.0);
   if (options.found_inf && options.found_inf.get() != 0.0) return;
 
-  // Tensors mostly share their step: its powers are computed once.
   const double grad_factor = gradient_factor(options, grad_norm);
-  std::vector<AdamCoefficients> coefficients;
-  std::vector<int64_t> numels;
-  double previous_step = 0.0;
-  for (const AdamTensor& t : call.tensors) {
-    const double step = t.step.get() + 1.0;
-    t.step.set(step);
-    coefficients.push_back(step == previous_step ? coefficients.back() : adam_coefficients(options, step, grad_factor));
-    previous_step = step;
-    numels.push_back(t.numel);
-  }
+  const int64_t n = call.tensors.size();
+  std::vector<AdamCoefficients> coefficients(n);
+  std::vector<int64_t> numels(n);
+  torch::stable::parallel_for(0, n, /*grain_size=*/256, [&](int64_t begin, int64_t end) {
+    double previous_step = 0.0;  // tensors mostly share their step: its powers are computed once
+    for (int64_t i = begin; i < end; ++i) {
+      const AdamTensor& t = call.tensors[i];
+      const double step = t.step.get() + 1.0;
+      t.step.set(step);
+      coefficients[i] = step == previous_step ? coefficients[i - 1] : adam_coefficients(options, step, grad_factor);
+      previous_step = step;
+      numels[i] = t.numel;
+    }
+  });
   const auto kernel = select(scalar::adam_kernel, avx2::adam_kernel, avx512::adam_kernel);
   parallel_over_blocks(numels, [&](size_t tensor, int64_t begin, int64_t end) {
     const AdamTensor& t = call.tensors[tensor];
@@ -123,7 +126,7 @@ int64_t adam_keep(TensorList params, TensorList exp_avgs, TensorList exp_avg_sqs
       new AdamLists{params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, master_params});
 }
 
-void adam_forget(int64_t kept) { delete reinterpret_cast<const AdamLists*>(kept); }
+void adam_forget(int64_t kept) { delete reinterpret_cast<AdamLists*>(kept); }
 
 }  // namespace
 
