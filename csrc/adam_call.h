@@ -91,7 +91,6 @@ inline ScalarRef scalar_ref(const char* argument, const std::optional<Tensor>& t
 class Staging {
  public:
   void* read(const Tensor& t) {
-    if (t.is_contiguous()) return t.data_ptr();
     copies_.push_back(torch::stable::contiguous(t));
     return copies_.back().data_ptr();
   }
@@ -158,6 +157,12 @@ struct AdamCall {
 
 namespace detail {
 
+inline void* data_of(AtenTensorHandle t) {
+  void* data;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(t, &data));
+  return data;
+}
+
 // Where the i-th parameter's elements lie, once its tensors are checked; param is null where they can't be walked in
 // memory order side by side.
 inline AdamTensor checked_tensor(const AdamLists& lists, const GradList& grads, size_t i, bool amsgrad, Device device) {
@@ -190,7 +195,7 @@ inline AdamTensor checked_tensor(const AdamLists& lists, const GradList& grads, 
 
   const bool side_by_side = all_contiguous || (all_like_param && is_dense(param));
   return {side_by_side ? param.data_ptr() : nullptr,
-          grad.data_ptr(),
+          data_of(grads.handle(i)),
           lists.exp_avgs[i].data_ptr(),
           lists.exp_avg_sqs[i].data_ptr(),
           max_exp_avg_sq ? max_exp_avg_sq->data_ptr() : nullptr,
@@ -199,12 +204,6 @@ inline AdamTensor checked_tensor(const AdamLists& lists, const GradList& grads, 
           param.numel(),
           dtype,
           state_dtype};
-}
-
-inline void* data_of(AtenTensorHandle t) {
-  void* data;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(t, &data));
-  return data;
 }
 
 // Whether a tensor is contiguous, on this device, with so many elements of this type.
