@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bigkern import info
+from bigkern import info, libraries
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,6 +56,13 @@ def test_info_names_versions_libraries_and_ops():
     assert re.search(r"_C_cuda \(CUDA\):\s+(loaded|not loaded: .+)", report)
     assert re.search(r"CPU instruction set:\s+\w+ \(best available: \w+\)", report)
     assert "| adam_ | yes |" in report
+
+
+@pytest.mark.skipif(
+    libraries.problems["_C_cuda"] is not None, reason="the table shows a build with CUDA"
+)
+def test_the_table_in_the_readme_is_what_runs():
+    assert info.op_table() in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
