@@ -1,5 +1,4 @@
-"""Adam and AdamW, drop-in for :mod:`torch.optim`'s: one kernel call per step and parameter
-group."""
+"""Adam and AdamW, drop-in for :mod:`torch.optim`'s: one kernel call a step and group."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, ValuesView
@@ -14,6 +13,7 @@ from bigkern.ops import AdamGroup, grad_norm
 
 _HALVES = (torch.float16, torch.bfloat16)
 _DTYPES = (torch.float32, torch.float64, *_HALVES)
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 class _Batch(NamedTuple):
@@ -21,7 +21,6 @@ class _Batch(NamedTuple):
 
     group_index: int
     positions: list[int] | None  # of the parameters in their group; None: all of it
-    device: torch.device
     tensors: AdamGroup
 
 
@@ -29,19 +28,16 @@ class Adam(torch.optim.Adam):
     """Adam (Kingma and Ba 2015); with the arguments, and the results, of :class:`torch.optim.Adam`.
 
     Parameters are float32, float64, float16 or bfloat16, of any strides. `foreach`, `fused` and
-    `capturable` are accepted
-    and change nothing: the step is one fused kernel call a group, and never synchronizes with the
-        device. On CUDA the
-    state's ``"step"`` lives on the device, as in torch with ``fused=True``. ``state_dict()`` is
-    torch's, both ways. With :class:`torch.amp.GradScaler` the kernel unscales the gradients, and a
-    step with inf or NaN among them changes nothing; with :class:`bigkern.amp.GradScaler` it looks
-    for them too.
+    `capturable` are accepted and change nothing: the step is one fused kernel call a group, and
+    never synchronizes with the device. On CUDA the state's ``"step"`` lives on the device, as in
+    torch with ``fused=True``. ``state_dict()`` is torch's, both ways. With
+    :class:`torch.amp.GradScaler` the kernel unscales the gradients, and a step with inf or NaN
+    among them changes nothing; with :class:`bigkern.amp.GradScaler` it looks for them too.
 
     Args:
         max_grad_norm: clips the global L2 norm of the gradients of all groups within the step, as
             :func:`torch.nn.utils.clip_grad_norm_` before it would, without touching ``.grad``. Then
-            ``optimizer.grad_norm``
-            is the norm at the last step: float64, shape [].
+            ``optimizer.grad_norm`` is the norm at the last step: float64, shape [].
         state_dtype: ``torch.float32`` keeps the moments of float16 and bfloat16 parameters in
             float32 (default: in the parameter's dtype, as torch).
         master_weights: keeps float32 copies of float16 and bfloat16 parameters in the state
@@ -51,8 +47,8 @@ class Adam(torch.optim.Adam):
     Raises:
         ValueError: a hyperparameter out of range; a parameter that is twice in a group.
         TypeError: complex or integer parameters.
-        RuntimeError: ``differentiable=True``; sparse gradients; gradients in another dtype than
-            their parameter.
+        RuntimeError: ``differentiable=True``; at a step, sparse gradients. The errors of
+            :func:`bigkern.ops.adam_` are those of a step.
     """
 
     # GradScaler leaves unscaling and skipping to a step() so marked, and sets grad_scale and
@@ -134,15 +130,7 @@ class Adam(torch.optim.Adam):
             with torch.enable_grad():
                 loss = closure()
         grads = [[p.grad for p in group["params"]] for group in self.param_groups]
-        batches = [
-            (
-                batch,
-                grads[batch.group_index]
-                if batch.positions is None
-                else [grads[batch.group_index][i] for i in batch.positions],
-            )
-            for batch in self._current_batches(grads)
-        ]
+        batches = [(b, _pick(grads, b)) for b in self._current_batches(grads)]
         if not batches:
             return loss
 
@@ -155,13 +143,14 @@ class Adam(torch.optim.Adam):
         norm = norm_out = None
         if self.max_grad_norm is not None or check_inf:
             if len(batches) == 1:
-                norm_out = torch.empty((), dtype=torch.float64, device=batches[0][0].device)
+                first_grad = batches[0][1][0]
+                norm_out = first_grad.new_empty((), dtype=torch.float64)
                 self.grad_norm = norm_out
             else:
-                norm = self.grad_norm = _global_norm(batches, grad_scale)
+                norm = self.grad_norm = _global_norm([g for _, g in batches], grad_scale)
 
         for batch, batch_grads in batches:
-            group, device = self.param_groups[batch.group_index], batch.device
+            group, device = self.param_groups[batch.group_index], batch_grads[0].device
             beta1, beta2 = group["betas"]
             lr = group["lr"]
             batch.tensors.step_(
@@ -185,11 +174,10 @@ class Adam(torch.optim.Adam):
 
     def _forget_batches(self) -> None:
         self._batches: list[_Batch] = []
-        self._has_grad: list[
-            list[bool]
-        ] = []  # of each group's parameters, when the batches were made
-        self._seen: list[Any] = []  # _sources(), at that time
-        self._views: list[ValuesView] = []  # on what the dicts in self.state hold now
+        # Of the time when they were made: which parameters had a gradient, and _sources().
+        self._has_grad: list[list[bool]] = []
+        self._seen: list[Any] = []
+        self._views: list[ValuesView] = []  # on what the dicts in self.state hold by now
 
     def _current_batches(self, grads: list[list[Tensor | None]]) -> list[_Batch]:
         """The batches, made anew if anything that they were made of is another object than then."""
@@ -223,10 +211,9 @@ class Adam(torch.optim.Adam):
             _Batch(
                 group_index,
                 None if len(positions) == len(group["params"]) else positions,
-                device,
                 self._adam_group([group["params"][i] for i in positions], group["amsgrad"]),
             )
-            for (device, _), positions in batches.items()
+            for positions in batches.values()
         ]
 
     def _adam_group(self, params: list[Tensor], amsgrad: bool) -> AdamGroup:
@@ -247,7 +234,7 @@ class Adam(torch.optim.Adam):
             is_double = torch.get_default_dtype() == torch.float64
             dtype = torch.float64 if is_double else torch.float32
             state["step"] = torch.zeros((), dtype=dtype, device=p.device)
-        for name in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else [])):
+        for name in _MOMENTS if amsgrad else _MOMENTS[:2]:
             if name not in state:
                 state[name] = torch.zeros_like(p, dtype=self._state_dtype(p))
         if self._has_master(p) and "master_param" not in state:
@@ -277,14 +264,14 @@ class Adam(torch.optim.Adam):
                     del self.state[p][name]  # where there is no master, it would go stale
                     if self._has_master(p):
                         self.state[p][name] = value.to(p.device, torch.float32)
-                elif name != "step":
+                elif name in _MOMENTS:
                     self.state[p][name] = value.to(p.device, self._state_dtype(p))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._forget_batches()
         super().__setstate__(state)
         for p, p_state in self.state.items():
-            if "step" in p_state:
+            if isinstance(p, Tensor) and "step" in p_state:
                 p_state["step"] = p_state["step"].to(p.device)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -336,10 +323,15 @@ def _on(scalar: float | Tensor | None, device: torch.device) -> float | Tensor |
     return scalar.to(device, non_blocking=True) if isinstance(scalar, Tensor) else scalar
 
 
-def _global_norm(batches: list[tuple[_Batch, list[Tensor]]], grad_scale: Tensor | None) -> Tensor:
+def _pick(grads: list[list[Tensor]], batch: _Batch) -> list[Tensor]:
+    group_grads = grads[batch.group_index]
+    return group_grads if batch.positions is None else [group_grads[i] for i in batch.positions]
+
+
+def _global_norm(batches: list[list[Tensor]], grad_scale: Tensor | None) -> Tensor:
     """The norm of the gradients of all batches, on the device of the first."""
     by_device = defaultdict(list)
-    for batch, grads in batches:
-        by_device[batch.device] += grads
+    for grads in batches:
+        by_device[grads[0].device] += grads
     norms = [grad_norm(grads, _on(grad_scale, device)) for device, grads in by_device.items()]
     return torch.linalg.vector_norm(torch.stack([_on(norm, norms[0].device) for norm in norms]))

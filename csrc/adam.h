@@ -44,6 +44,17 @@ struct AdamTensor {
   ScalarType state_dtype;  // of exp_avg, exp_avg_sq and max_exp_avg_sq
 };
 
+// The same with types, or a part of it: P is the type of parameters and gradients, S of the states.
+template <class P, class S>
+struct AdamStreams {
+  P* param;
+  const P* grad;
+  S* exp_avg;
+  S* exp_avg_sq;
+  S* max_exp_avg_sq;
+  float* master_param;
+};
+
 struct Gradient {
   const void* data;
   int64_t numel;

@@ -1,16 +1,5 @@
 // Adam's micro-kernels for one instruction set; included by each_isa.h.
 
-// The streams of one parameter: P is the type of parameters and gradients, S of the states.
-template <class P, class S>
-struct AdamStreams {
-  P* param;
-  const P* grad;
-  S* exp_avg;
-  S* exp_avg_sq;
-  S* max_exp_avg_sq;
-  float* master_param;
-};
-
 // The coefficients, broadcast to the lanes of a register.
 template <class V>
 struct AdamLanes {

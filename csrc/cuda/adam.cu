@@ -60,17 +60,6 @@ constexpr int kAdamWidth = 16 / std::max({sizeof(P), sizeof(S), kMaster ? sizeof
 template <class P, class S, bool kMaster>
 constexpr int kAdamChunk = kThreads * kVectorsPerThread * kAdamWidth<P, S, kMaster>;
 
-// The streams of one chunk: P is the type of parameters and gradients, S of the states.
-template <class P, class S>
-struct AdamStreams {
-  P* param;
-  const P* grad;
-  S* exp_avg;
-  S* exp_avg_sq;
-  S* max_exp_avg_sq;
-  float* master_param;
-};
-
 // AdamCoefficients in the type T of the computation.
 template <class T>
 struct AdamScalars {
