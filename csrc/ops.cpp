@@ -1,10 +1,12 @@
 // Table of contents: every op of bigkern. The contract of each is the docstring of its public function in bigkern/ops/.
 #include <torch/csrc/stable/library.h>
 
-#define ADAM_OPTIONS                                                                                           \
-  "*, float lr, float beta1, float beta2, float weight_decay, float eps, bool amsgrad, bool maximize, "        \
-  "bool decoupled_weight_decay, Tensor? lr_tensor=None, Tensor? grad_scale=None, Tensor(g!)? found_inf=None, " \
-  "bool check_inf=False, float? max_grad_norm=None, Tensor? grad_norm=None, Tensor(h!)? grad_norm_out=None"
+// Options of a step, the same for both ops that make one.
+#define ADAM_OPTIONS                                                                                                \
+  "*, float lr, float beta1, float beta2, float weight_decay, float eps, bool amsgrad=False, bool maximize=False, " \
+  "bool decoupled_weight_decay=False, Tensor? lr_tensor=None, Tensor? grad_scale=None, "                            \
+  "Tensor(g!)? found_inf=None, bool check_inf=False, float? max_grad_norm=None, Tensor? grad_norm=None, "           \
+  "Tensor(h!)? grad_norm_out=None"
 
 STABLE_TORCH_LIBRARY(bigkern, m) {
   // One Adam step of a parameter group. Lists run over the group's tensors; max_exp_avg_sqs and master_params may be

@@ -295,16 +295,15 @@ def test_kept_lists_check_each_call_anew(change, message):
     group = AdamGroup(
         problem.params, problem.exp_avgs, problem.exp_avg_sqs, [], problem.steps, problem.masters
     )
-    options = OPTIONS | {"amsgrad": False, "maximize": False, "decoupled_weight_decay": False}
     for step in range(4):
         if step in (0, 2):
             bad = [problem.grads[0], change(problem.grads[1])] if change else problem.grads[:1]
             with pytest.raises(ValueError, match=r".*") as error:
-                group.step_(bad, **options)
+                group.step_(bad, **OPTIONS)
             assert message in str(error.value)
         problem.new_grads()
         plain.new_grads()
-        group.step_([g.clone() for g in problem.grads], **options)
+        group.step_([g.clone() for g in problem.grads], **OPTIONS)
         adam_(*plain.lists(), **OPTIONS)
     for a, b in zip(problem.tensors(), plain.tensors(), strict=True):
         assert torch.equal(a, b)
