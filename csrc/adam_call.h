@@ -4,67 +4,17 @@
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <atomic>
 #include <optional>
-#include <utility>
 #include <vector>
 
 #include "adam.h"
 #include "check.h"
+#include "tensors.h"
 
 namespace bigkern {
-
-using torch::stable::Tensor;
-using TensorList = std::vector<Tensor>;
-
-struct Device {
-  int32_t type = 0, index = 0;
-  bool operator==(const Device& other) const { return type == other.type && index == other.index; }
-};
-
-inline Device device_of(const Tensor& t) {
-  Device device;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device.type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device.index));
-  return device;
-}
-
-inline bool same_sizes(AtenTensorHandle a, AtenTensorHandle b) {
-  int64_t dim, dim_b, *sizes, *sizes_b;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(a, &dim));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(b, &dim_b));
-  if (dim != dim_b) return false;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(a, &sizes));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(b, &sizes_b));
-  return std::equal(sizes, sizes + dim, sizes_b);
-}
-
-// Strides agree wherever they matter, that is in dimensions of more than one element.
-inline bool same_strides(const Tensor& a, const Tensor& b) {
-  for (int64_t d = 0; d < a.dim(); ++d) {
-    if (a.size(d) > 1 && a.stride(d) != b.stride(d)) return false;
-  }
-  return true;
-}
-
-// Whether the elements fill one range of memory without gaps or overlaps, in whatever order of dimensions.
-inline bool is_dense(const Tensor& t) {
-  std::vector<std::pair<int64_t, int64_t>> stride_and_size;
-  for (int64_t d = 0; d < t.dim(); ++d) {
-    if (t.size(d) > 1) stride_and_size.emplace_back(t.stride(d), t.size(d));
-  }
-  std::sort(stride_and_size.begin(), stride_and_size.end());
-  int64_t expected = 1;
-  for (const auto& [stride, size] : stride_and_size) {
-    if (stride != expected) return false;
-    expected *= size;
-  }
-  return true;
-}
 
 inline ScalarType check_dtype(const char* list, size_t i, const Tensor& t) {
   const ScalarType dtype = t.scalar_type();
@@ -85,28 +35,6 @@ inline ScalarRef scalar_ref(const char* argument, const Tensor& t, Device device
 inline ScalarRef scalar_ref(const char* argument, const std::optional<Tensor>& t, Device device) {
   return t.has_value() ? scalar_ref(argument, *t, device) : ScalarRef{};
 }
-
-// Contiguous copies, for the time of a call, of tensors that can't be walked in memory order side by side: a strided
-// view, or a gradient in another layout than its parameter.
-class Staging {
- public:
-  void* read(const Tensor& t) {
-    copies_.push_back(torch::stable::contiguous(t));
-    return copies_.back().data_ptr();
-  }
-  void* write(const Tensor& t) {
-    void* data = read(t);
-    if (data != t.data_ptr()) written_.emplace_back(t, copies_.back());
-    return data;
-  }
-  void write_back() {
-    for (auto& [original, copy] : written_) torch::stable::copy_(original, copy);
-  }
-
- private:
-  TensorList copies_;
-  std::vector<std::pair<Tensor, Tensor>> written_;
-};
 
 // The tensors of a parameter group that stay the same from step to step. They are kept as tensors, not as pointers, so
 // that whatever happens to one (p.data = ..., module.to(...)) is seen at the next step.
@@ -156,12 +84,6 @@ struct AdamCall {
 };
 
 namespace detail {
-
-inline void* data_of(AtenTensorHandle t) {
-  void* data;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(t, &data));
-  return data;
-}
 
 // Where the i-th parameter's elements lie, once its tensors are checked; param is null where they can't be walked in
 // memory order side by side.

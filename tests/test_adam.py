@@ -309,6 +309,15 @@ def test_kept_lists_check_each_call_anew(change, message):
         assert torch.equal(a, b)
 
 
+def test_expanded_parameters_are_refused_before_anything_is_changed():
+    problem = Problem(torch.float32, shapes=[(3,), (4, 2)])
+    problem.params[1] = problem.params[1][:1].expand(4, 2)
+    before = [t.clone() for t in problem.tensors()]
+    with pytest.raises(ValueError, match=r"can't write to an expanded tensor of shape \[4, 2\]"):
+        adam_(*problem.lists(), **OPTIONS)
+    assert all(torch.equal(a, b) for a, b in zip(problem.tensors(), before, strict=True))
+
+
 def test_sparse_gradients_are_refused():
     problem = Problem(torch.float32, shapes=[(3,)])
     problem.grads[0] = problem.grads[0].to_sparse()
