@@ -129,17 +129,15 @@ class Adam(torch.optim.Adam):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        to_be_found = self.__dict__.pop("inf_to_be_found", None)  # set by bigkern.amp.GradScaler
         grads = [[p.grad for p in group["params"]] for group in self.param_groups]
         batches = [(b, _pick(grads, b)) for b in self._current_batches(grads)]
         if not batches:
             return loss
 
         grad_scale = getattr(self, "grad_scale", None)
-        found_inf = getattr(self, "found_inf", None)
-        to_be_found = self.__dict__.pop("inf_to_be_found", None)  # set by bigkern.amp.GradScaler
         check_inf = to_be_found is not None
-        if check_inf:
-            found_inf = to_be_found
+        found_inf = to_be_found if check_inf else getattr(self, "found_inf", None)
         norm = norm_out = None
         if self.max_grad_norm is not None or check_inf:
             if len(batches) == 1:

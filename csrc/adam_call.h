@@ -16,6 +16,15 @@
 
 namespace bigkern {
 
+// One tensor of a list, as messages name it; formatted only when it is printed.
+struct Item {
+  const char* list;
+  size_t i;
+};
+inline std::ostream& operator<<(std::ostream& out, const Item& item) {
+  return out << item.list << "[" << item.i << "]";
+}
+
 inline ScalarType check_dtype(const char* list, size_t i, const Tensor& t) {
   const ScalarType dtype = t.scalar_type();
   BK_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
@@ -24,11 +33,17 @@ inline ScalarType check_dtype(const char* list, size_t i, const Tensor& t) {
   return dtype;
 }
 
+template <class Argument>
+void check_device(const Argument& argument, const Tensor& t, Device device) {
+  BK_CHECK(device_of(t) == device, argument, " must be on ", name(device), " like the first tensor, got ",
+           name(device_of(t)));
+}
+
 inline ScalarRef scalar_ref(const char* argument, const Tensor& t, Device device) {
   const ScalarType dtype = t.scalar_type();
   BK_CHECK(t.numel() == 1 && (dtype == ScalarType::Float || dtype == ScalarType::Double), argument,
            " must be one torch.float32 or torch.float64, got ", name(dtype), " ", shape(t));
-  BK_CHECK(device_of(t) == device, argument, " must be on the device of the first tensor");
+  check_device(argument, t, device);
   return {t.data_ptr(), dtype == ScalarType::Double};
 }
 
@@ -99,15 +114,16 @@ inline AdamTensor checked_tensor(const AdamLists& lists, const GradList& grads, 
   BK_CHECK(is_half || !master_param, "master_params[", i, "] is for float16 and bfloat16 parameters, got ",
            name(dtype));
 
+  const auto item = [i](const char* list) { return Item{list, i}; };
   bool all_contiguous = param.is_contiguous(), all_like_param = true;
   const auto check = [&](const char* list, const Tensor& t, ScalarType want) {
     BK_CHECK(t.scalar_type() == want, list, "[", i, "] must have dtype ", name(want), ", got ", name(t.scalar_type()));
     BK_CHECK(same_sizes(t.get(), param.get()), list, "[", i, "] must have shape ", shape(param), ", got ", shape(t));
-    BK_CHECK(device_of(t) == device, list, "[", i, "] must be on the device of the first tensor");
+    check_device(item(list), t, device);
     all_contiguous = all_contiguous && t.is_contiguous();
     all_like_param = all_like_param && (all_contiguous || same_strides(t, param));
   };
-  BK_CHECK(device_of(param) == device, "params[", i, "] must be on the device of the first tensor");
+  check_device(item("params"), param, device);
   check("grads", grad, dtype);
   check("exp_avgs", lists.exp_avgs[i], state_dtype);
   check("exp_avg_sqs", lists.exp_avg_sqs[i], state_dtype);
@@ -219,24 +235,25 @@ inline void add_tensors(AdamCall& call, AdamLists& lists, const GradList& grads)
   check_length("master_params", lists.master_params.size(), lists.master_params.empty() ? 0 : n);
   call.tensors.resize(n);
   lists.seen.resize(n);
-  std::atomic<size_t> first_bad{n};
+  std::atomic<bool> has_failed{false};
   torch::stable::parallel_for(0, n, /*grain_size=*/128, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      if ((i - begin) % detail::kTouched == 0) detail::touch(lists, grads, i, std::min(i + detail::kTouched, end));
       AdamTensor& seen = lists.seen[i];
       try {
+        if ((i - begin) % detail::kTouched == 0) detail::touch(lists, grads, i, std::min(i + detail::kTouched, end));
         if (!detail::is_as_seen(lists, grads, i, call.device, seen)) {
           seen = detail::checked_tensor(lists, grads, i, call.options.amsgrad, call.device);
         }
-      } catch (const std::exception&) {  // must not leave the thread: it is raised again below
-        size_t bad = first_bad;
-        while (size_t(i) < bad && !first_bad.compare_exchange_weak(bad, i)) {
-        }
+      } catch (const std::exception&) {  // must not leave the thread
+        has_failed = true;
       }
       call.tensors[i] = seen;
     }
   });
-  if (first_bad < n) detail::checked_tensor(lists, grads, first_bad, call.options.amsgrad, call.device);
+  for (size_t i = 0; i < n; ++i) {
+    // Once more, in order: this raises the error of the first tensor that has one.
+    if (has_failed) call.tensors[i] = detail::checked_tensor(lists, grads, i, call.options.amsgrad, call.device);
+  }
   for (size_t i = 0; i < n; ++i) {
     if (!call.tensors[i].param && call.tensors[i].numel > 0) detail::stage(call, lists, grads, i);
   }
@@ -254,7 +271,7 @@ inline std::vector<Gradient> checked_gradients(const TensorList& grads, Staging&
   std::vector<Gradient> gradients;
   for (size_t i = 0; i < grads.size(); ++i) {
     const ScalarType dtype = check_dtype("grads", i, grads[i]);
-    BK_CHECK(device_of(grads[i]) == device_of(grads[0]), "grads[", i, "] must be on the device of the first tensor");
+    check_device(Item{"grads", i}, grads[i], device_of(grads[0]));
     const void* data = is_dense(grads[i]) ? grads[i].data_ptr() : staging.read(grads[i]);
     gradients.push_back({data, grads[i].numel(), dtype});
   }

@@ -6,6 +6,7 @@
 #include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -20,6 +21,12 @@ struct Device {
   int32_t type = 0, index = 0;
   bool operator==(const Device& other) const { return type == other.type && index == other.index; }
 };
+
+inline std::string name(Device device) {
+  if (device.type == aoti_torch_device_type_cpu()) return "cpu";
+  if (device.type == aoti_torch_device_type_cuda()) return "cuda:" + std::to_string(device.index);
+  return "a device of type " + std::to_string(device.type);
+}
 
 inline Device device_of(const Tensor& t) {
   Device device;

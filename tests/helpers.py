@@ -54,8 +54,8 @@ class Problem:
     def tensors(self):
         return [*itertools.chain.from_iterable(self.lists(amsgrad=True))]
 
-    def to(self, dtype, state_dtype=None):
-        other = Problem(dtype, self.device, [p.shape for p in self.params], state_dtype)
+    def to(self, dtype):
+        other = Problem(dtype, self.device, [p.shape for p in self.params])
         for mine, theirs in zip(self.lists(True)[:6], other.lists(True)[:6], strict=True):
             for a, b in zip(mine, theirs, strict=True):
                 b.copy_(a)

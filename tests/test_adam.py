@@ -57,29 +57,29 @@ def test_accuracy_over_100_steps(dtype, amsgrad, decay, maximize, device):
 
 
 def test_reference_is_torch():
-    """The definition itself: float64, every option, to rounding."""
+    """The definition itself, with every option: as near to torch's loop as torch's fused kernel."""
     for amsgrad, maximize, decoupled in itertools.product([False, True], repeat=3):
         problem = Problem(torch.float64)
-        weights = [p.clone().requires_grad_() for p in problem.params]
-        optimizer = torch.optim.Adam(
-            weights, 0.01, weight_decay=0.1, amsgrad=amsgrad, maximize=maximize,
-            decoupled_weight_decay=decoupled, foreach=False,
-        )  # fmt: skip
-        options = OPTIONS | {
+        flags = {
             "weight_decay": 0.1,
             "amsgrad": amsgrad,
             "maximize": maximize,
             "decoupled_weight_decay": decoupled,
         }
+        loop, fused = ([p.clone().requires_grad_() for p in problem.params] for _ in range(2))
+        optimizers = [
+            torch.optim.Adam(loop, 0.01, foreach=False, **flags),
+            torch.optim.Adam(fused, 0.01, fused=True, **flags),
+        ]
         for _ in range(10):
             problem.new_grads()
-            for w, g in zip(weights, problem.grads, strict=True):
-                w.grad = g.clone()
-            optimizer.step()
-            reference.adam_(*problem.lists(amsgrad), **options)
-        torch.testing.assert_close(
-            problem.params, [w.detach() for w in weights], rtol=1e-12, atol=1e-13
-        )
+            for weights, optimizer in zip((loop, fused), optimizers, strict=True):
+                for w, g in zip(weights, problem.grads, strict=True):
+                    w.grad = g.clone()
+                optimizer.step()
+            reference.adam_(*problem.lists(amsgrad), **OPTIONS | flags)
+        for actual, expected, baseline in zip(problem.params, loop, fused, strict=True):
+            assert_as_accurate(actual, expected.detach(), baseline.detach())
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])
@@ -309,6 +309,17 @@ def test_kept_lists_check_each_call_anew(change, message):
         assert torch.equal(a, b)
 
 
+def test_a_state_on_another_device_is_named():
+    problem = Problem(torch.float32, shapes=[(3,), (4, 2)])
+    problem.exp_avgs[1] = problem.exp_avgs[1].to("meta")
+    group = AdamGroup(*problem.lists()[:1], *problem.lists()[2:])
+    with pytest.raises(
+        ValueError, match=r"exp_avgs\[1\] must be on cpu like the first tensor, got "
+    ):
+        group.step_(problem.grads, **OPTIONS)
+    assert problem.steps[0].item() == 0
+
+
 def test_expanded_parameters_are_refused_before_anything_is_changed():
     problem = Problem(torch.float32, shapes=[(3,), (4, 2)])
     problem.params[1] = problem.params[1][:1].expand(4, 2)
@@ -367,7 +378,7 @@ def test_more_than_2_31_elements(device):
     assert (x[:-64] == 0).all()
 
 
-def test_forced_backend(monkeypatch):
+def test_forced_backend():
     problem = Problem(torch.float32, shapes=[(3,)])
     with bigkern.backends.use("native"):
         adam_(*problem.lists(), **OPTIONS)

@@ -117,6 +117,17 @@ def test_the_users_own_scale_is_multiplied_in(scaler_type):
         torch.testing.assert_close(x, y)
 
 
+def test_a_step_without_gradients_leaves_nothing_behind():
+    params, optimizer = make(bigkern.optim.Adam, "cpu")
+    scaler = bigkern.amp.GradScaler("cpu", init_scale=SCALE)
+    scaler.scale(torch.ones(()))
+    scaler.step(optimizer)
+    scaler.update()
+    params[0].grad = torch.full_like(params[0], math.inf)
+    optimizer.step()  # without the scaler: not skipped
+    assert optimizer.state[params[0]]["step"] == 1
+
+
 def test_other_optimizers_are_left_to_torch():
     results = []
     for scaler_type in SCALERS:

@@ -39,7 +39,20 @@ def test_without_the_variable_the_best_is_used():
     assert run("", "-c", PRINT_ISA).stdout.strip() == BEST
 
 
-def test_unknown_set_is_refused():
+STEP = """
+import torch
+from bigkern.ops import adam_
+p, g, m, v = torch.ones(4, 3)
+step = torch.zeros(())
+try:
+    adam_([p], [g], [m], [v], [], [step], lr=0.1, beta1=0.9, beta2=0.9, weight_decay=0.0, eps=1.0)
+finally:
+    print(step.item())
+"""
+
+
+def test_unknown_set_is_refused_before_anything_is_changed():
+    assert run("sse9", "-c", STEP).stdout.strip() == "0.0"
     result = run("sse9", "-c", PRINT_ISA)
     assert "BIGKERN_CPU_ISA must be scalar, avx2 or avx512, got sse9" in result.stderr
     assert "ValueError" in result.stderr

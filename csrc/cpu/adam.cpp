@@ -89,6 +89,7 @@ void adam_cpu(const AdamCall& call) {
   if (options.check_inf && !std::isfinite(grad_norm)) options.found_inf.set(1.0);
   if (options.found_inf && options.found_inf.get() != 0.0) return;
 
+  const auto kernel = select(scalar::adam_kernel, avx2::adam_kernel, avx512::adam_kernel);  // may raise
   const double grad_factor = gradient_factor(options, grad_norm);
   const int64_t n = call.tensors.size();
   std::vector<AdamCoefficients> coefficients(n);
@@ -104,7 +105,6 @@ void adam_cpu(const AdamCall& call) {
       numels[i] = t.numel;
     }
   });
-  const auto kernel = select(scalar::adam_kernel, avx2::adam_kernel, avx512::adam_kernel);
   parallel_over_blocks(numels, [&](size_t tensor, int64_t begin, int64_t end) {
     const AdamTensor& t = call.tensors[tensor];
     kernel(t)(t, coefficients[tensor], begin, end);
@@ -122,8 +122,9 @@ Tensor grad_norm_cpu(TensorList grads, std::optional<Tensor> grad_scale) {
 
 int64_t adam_keep(TensorList params, TensorList exp_avgs, TensorList exp_avg_sqs, TensorList max_exp_avg_sqs,
                   TensorList state_steps, TensorList master_params) {
-  return reinterpret_cast<int64_t>(
-      new AdamLists{params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, master_params});
+  return reinterpret_cast<int64_t>(new AdamLists{std::move(params), std::move(exp_avgs), std::move(exp_avg_sqs),
+                                                 std::move(max_exp_avg_sqs), std::move(state_steps),
+                                                 std::move(master_params)});
 }
 
 void adam_forget(int64_t kept) { delete reinterpret_cast<AdamLists*>(kept); }
