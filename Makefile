@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV := $(shell $(PYTHON) -c 'import sys; print(sys.prefix if sys.prefix != sys.base_prefix else ".venv")')
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
-STAMP := build/installed
+STAMP := build/installed$(subst /,-,$(VENV))
+LINTERS := build/linters$(subst /,-,$(VENV))
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 PYTEST := $(BIN)/python -m pytest
 
@@ -19,12 +20,12 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(PYTEST) -m slow
 
-lint: build/linters
+lint: $(LINTERS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -type f)
 
-format: build/linters
+format: $(LINTERS)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(shell find csrc -type f)
@@ -51,7 +52,7 @@ $(STAMP): $(SOURCES) | $(BIN)/python
 	$(PIP) --retries 1 install 'bigkern[train,test,bench]' || echo "bigkern: without its optional packages (no network?)"
 	mkdir -p build && touch $@
 
-build/linters: Makefile | $(BIN)/python
+$(LINTERS): Makefile | $(BIN)/python
 	$(PIP) install ruff==0.17.6 clang-format==23.1.5
 	mkdir -p build && touch $@
 
