@@ -1,7 +1,7 @@
 # The active virtual environment, or else .venv, which sees the packages of the Python that made it: a torch that is there
 # is used. Nothing is downloaded that is there already.
 PYTHON ?= python3
-VENV := $(shell $(PYTHON) -c 'import sys; print(sys.prefix if sys.prefix != sys.base_prefix else ".venv")')
+VENV := $(abspath $(shell $(PYTHON) -c 'import sys; print(sys.prefix if sys.prefix != sys.base_prefix else ".venv")'))
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 STAMP := build/installed$(subst /,-,$(VENV))
