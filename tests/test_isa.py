@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-ALL = ["scalar", "avx2", "avx512"]
+ALL = ["scalar", "avx2", "avx512", "avx512_bf16"]
 BEST = torch.ops.bigkern.best_cpu_isa()
-OP_TESTS = [str(Path(__file__).with_name(f"test_{op}.py")) for op in ("adam", "grad_norm")]
+OPS = ("adam", "grad_norm", "attention", "attention_features")
+OP_TESTS = [str(Path(__file__).with_name(f"test_{op}.py")) for op in OPS]
 
 
 def run(isa, *command):
@@ -54,11 +55,11 @@ finally:
 def test_unknown_set_is_refused_before_anything_is_changed():
     assert run("sse9", "-c", STEP).stdout.strip() == "0.0"
     result = run("sse9", "-c", PRINT_ISA)
-    assert "BIGKERN_CPU_ISA must be scalar, avx2 or avx512, got sse9" in result.stderr
+    assert "BIGKERN_CPU_ISA must be scalar, avx2, avx512 or avx512_bf16, got sse9" in result.stderr
     assert "ValueError" in result.stderr
 
 
-@pytest.mark.skipif(BEST == "avx512", reason="this CPU has every set")
+@pytest.mark.skipif(ALL[-1] == BEST, reason="this CPU has every set")
 def test_set_that_the_cpu_lacks_is_refused():
-    result = run("avx512", "-c", PRINT_ISA)
-    assert f"BIGKERN_CPU_ISA=avx512 is more than this CPU has: {BEST}" in result.stderr
+    result = run(ALL[-1], "-c", PRINT_ISA)
+    assert f"BIGKERN_CPU_ISA={ALL[-1]} is more than this CPU has: {BEST}" in result.stderr

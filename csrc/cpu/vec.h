@@ -9,6 +9,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -20,6 +23,16 @@ namespace bigkern {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
+// Two adjacent bfloat16 elements: a lane of Float that holds their bits, where the set has products of pairs.
+struct BFloat16Pair {
+  uint16_t first, second;
+  explicit operator float() const {
+    float bits;
+    std::memcpy(&bits, this, sizeof(bits));
+    return bits;
+  }
+};
+
 namespace scalar {
 
 template <class T>
@@ -27,6 +40,7 @@ struct Lane {
   using Scalar = T;
   using Reg = T;
   static constexpr int kWidth = 1;
+  static constexpr bool kHasPairs = false;
   template <class Memory>
   static Reg load(const Memory* p) {
     return static_cast<T>(*p);
@@ -42,7 +56,12 @@ struct Lane {
   static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
   static Reg sqrt(Reg a) { return std::sqrt(a); }
   static Reg max(Reg a, Reg b) { return a > b ? a : b; }  // b where either is NaN
-  static double sum(Reg a) { return a; }
+  static Reg sub(Reg a, Reg b) { return a - b; }
+  static Reg round(Reg a) { return std::nearbyint(a); }
+  static Reg scale(Reg a, Reg n) { return a * std::exp2(n); }                            // a * 2^n, n whole
+  static Reg keep_unless_less(Reg a, Reg x, Reg bound) { return x < bound ? T(0) : a; }  // else 0
+  static T sum(Reg a) { return a; }
+  static T reduce_max(Reg a) { return a; }
 };
 
 using Float = Lane<float>;
@@ -60,6 +79,7 @@ struct Float {
   using Scalar = float;
   using Reg = __m256;
   static constexpr int kWidth = 8;
+  static constexpr bool kHasPairs = false;
   BK_VEC Reg load(const float* p) { return _mm256_loadu_ps(p); }
   BK_VEC Reg load(const Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   BK_VEC Reg load(const BFloat16* p) {
@@ -86,12 +106,31 @@ struct Float {
   BK_VEC Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
   BK_VEC Reg sqrt(Reg a) { return _mm256_sqrt_ps(a); }
   BK_VEC Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
+  BK_VEC Reg sub(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
+  BK_VEC Reg round(Reg a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  BK_VEC Reg scale(Reg a, Reg n) {
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
+  }
+  BK_VEC Reg keep_unless_less(Reg a, Reg x, Reg bound) {
+    return _mm256_and_ps(a, _mm256_cmp_ps(x, bound, _CMP_NLT_UQ));
+  }
+  BK_VEC float sum(Reg a) {
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+  }
+  BK_VEC float reduce_max(Reg a) {
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+  }
 };
 
 struct Double {
   using Scalar = double;
   using Reg = __m256d;
   static constexpr int kWidth = 4;
+  static constexpr bool kHasPairs = false;
   BK_VEC Reg load(const double* p) { return _mm256_loadu_pd(p); }
   BK_VEC Reg load(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
   BK_VEC Reg load(const Half* p) {
@@ -109,6 +148,19 @@ struct Double {
   BK_VEC Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_pd(a, b, c); }
   BK_VEC Reg sqrt(Reg a) { return _mm256_sqrt_pd(a); }
   BK_VEC Reg max(Reg a, Reg b) { return _mm256_max_pd(a, b); }
+  BK_VEC Reg sub(Reg a, Reg b) { return _mm256_sub_pd(a, b); }
+  BK_VEC Reg round(Reg a) { return _mm256_round_pd(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  BK_VEC Reg scale(Reg a, Reg n) {
+    const __m256i exponent = _mm256_slli_epi64(_mm256_cvtepi32_epi64(_mm256_cvtpd_epi32(n)), 52);
+    return _mm256_castsi256_pd(_mm256_add_epi64(_mm256_castpd_si256(a), exponent));
+  }
+  BK_VEC Reg keep_unless_less(Reg a, Reg x, Reg bound) {
+    return _mm256_and_pd(a, _mm256_cmp_pd(x, bound, _CMP_NLT_UQ));
+  }
+  BK_VEC double reduce_max(Reg a) {
+    const __m128d pair = _mm_max_pd(_mm256_castpd256_pd128(a), _mm256_extractf128_pd(a, 1));
+    return _mm_cvtsd_f64(_mm_max_sd(pair, _mm_unpackhi_pd(pair, pair)));
+  }
   BK_VEC double sum(Reg a) {
     const __m128d pair = _mm_add_pd(_mm256_castpd256_pd128(a), _mm256_extractf128_pd(a, 1));
     return _mm_cvtsd_f64(_mm_add_sd(pair, _mm_unpackhi_pd(pair, pair)));
@@ -127,7 +179,24 @@ struct Float {
   using Scalar = float;
   using Reg = __m512;
   static constexpr int kWidth = 16;
+  static constexpr bool kHasPairs = true;  // on CPUs of kAvx512Bf16: assembly, so that the set needn't be a target
   BK_VEC Reg load(const float* p) { return _mm512_loadu_ps(p); }
+  BK_VEC Reg load(const BFloat16Pair* p) { return _mm512_loadu_ps(p); }
+  // c + a.first * b.first + a.second * b.second
+  BK_VEC Reg dot_pairs(Reg a, Reg b, Reg c) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
+    return c;
+  }
+  // Lanes (first, second) of two registers that were loaded from bfloat16.
+  BK_VEC Reg pair_up(Reg first, Reg second) {
+    const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(first), 16);
+    return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_castps_si512(second)));
+  }
+  BK_VEC void store_as_pairs(BFloat16* p, Reg a) {
+    __m256i rounded;
+    asm("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(a));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded);
+  }
   BK_VEC Reg load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   BK_VEC Reg load(const BFloat16* p) {
     const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -152,12 +221,21 @@ struct Float {
   BK_VEC Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
   BK_VEC Reg sqrt(Reg a) { return _mm512_sqrt_ps(a); }
   BK_VEC Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
+  BK_VEC Reg sub(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
+  BK_VEC Reg round(Reg a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  BK_VEC Reg scale(Reg a, Reg n) { return _mm512_scalef_ps(a, n); }
+  BK_VEC Reg keep_unless_less(Reg a, Reg x, Reg bound) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, bound, _CMP_NLT_UQ), a);
+  }
+  BK_VEC float sum(Reg a) { return _mm512_reduce_add_ps(a); }
+  BK_VEC float reduce_max(Reg a) { return _mm512_reduce_max_ps(a); }
 };
 
 struct Double {
   using Scalar = double;
   using Reg = __m512d;
   static constexpr int kWidth = 8;
+  static constexpr bool kHasPairs = false;
   BK_VEC Reg load(const double* p) { return _mm512_loadu_pd(p); }
   BK_VEC Reg load(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
   BK_VEC Reg load(const Half* p) {
@@ -175,6 +253,13 @@ struct Double {
   BK_VEC Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_pd(a, b, c); }
   BK_VEC Reg sqrt(Reg a) { return _mm512_sqrt_pd(a); }
   BK_VEC Reg max(Reg a, Reg b) { return _mm512_max_pd(a, b); }
+  BK_VEC Reg sub(Reg a, Reg b) { return _mm512_sub_pd(a, b); }
+  BK_VEC Reg round(Reg a) { return _mm512_roundscale_pd(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  BK_VEC Reg scale(Reg a, Reg n) { return _mm512_scalef_pd(a, n); }
+  BK_VEC Reg keep_unless_less(Reg a, Reg x, Reg bound) {
+    return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(x, bound, _CMP_NLT_UQ), a);
+  }
+  BK_VEC double reduce_max(Reg a) { return _mm512_reduce_max_pd(a); }
   BK_VEC double sum(Reg a) { return _mm512_reduce_add_pd(a); }
 };
 
