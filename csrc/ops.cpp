@@ -8,6 +8,15 @@
   "Tensor(g!)? found_inf=None, bool check_inf=False, float? max_grad_norm=None, Tensor? grad_norm=None, "           \
   "Tensor(h!)? grad_norm_out=None"
 
+// What attention is made of, the same for forward, backward and weights. Padded layout: query [B, H, L, E], key
+// [B, Hkv, S, E], value [B, Hkv, S, Ev], with seqlens [B] where entries are shorter. Packed layout, where cu_seqlens
+// [B + 1] are given: [total, H, E]. philox is (seed, offset) of the dropout mask.
+#define ATTENTION_OPTIONS                                                                                 \
+  "Tensor? attn_mask=None, Tensor? alibi_slopes=None, Tensor? philox=None, Tensor? cu_seqlens_q=None, "   \
+  "Tensor? cu_seqlens_k=None, Tensor? seqlens_q=None, Tensor? seqlens_k=None, *, SymInt max_seqlen_q=0, " \
+  "SymInt max_seqlen_k=0, float scale, bool is_causal=False, int window_left=-1, int window_right=-1, "   \
+  "float softcap=0.0, float dropout_p=0.0"
+
 STABLE_TORCH_LIBRARY(bigkern, m) {
   // One Adam step of a parameter group. Lists run over the group's tensors; max_exp_avg_sqs and master_params may be
   // empty.
@@ -21,6 +30,18 @@ STABLE_TORCH_LIBRARY(bigkern, m) {
   m.def("adam_kept_(int kept, Tensor[] grads, " ADAM_OPTIONS ") -> ()");
   m.def("adam_forget(int kept) -> ()");
   m.def("grad_norm(Tensor[] grads, Tensor? grad_scale=None) -> Tensor");
+
+  // row_max and row_sum are the softmax's largest score and denominator, [B, H, L] or packed [H, total].
+  m.def("attention(Tensor query, Tensor key, Tensor value, " ATTENTION_OPTIONS
+        ") -> (Tensor out, Tensor row_max, Tensor row_sum)");
+  m.def(
+      "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
+      "Tensor row_max, Tensor row_sum, " ATTENTION_OPTIONS
+      ", bool needs_mask_grad=False, bool deterministic=False) -> "
+      "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask)");
+  // The softmax itself, [B, H, L, S], or its mean over the heads, [B, L, S].
+  m.def("attention_weights(Tensor query, Tensor key, Tensor row_max, Tensor row_sum, " ATTENTION_OPTIONS
+        ", bool average_heads=False) -> Tensor");
 
   // What `bigkern info` asks the compiled libraries.
   m.def("cpu_isa() -> str");

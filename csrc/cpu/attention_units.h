@@ -1,0 +1,103 @@
+// How attention is cut into units of work, which threads take one after another.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <atomic>
+#include <cmath>
+#include <exception>
+
+#include "../attention.h"
+#include "isa.h"
+
+namespace bigkern {
+
+// Rows of queries and of keys of a tile. A tile of float32 scores and what it is made of fit the L2 cache; its rows are
+// an odd number of cache lines apart, so that a column uses all sets of the L1 cache.
+constexpr int64_t kMaxBlockQ = 384, kBackwardBlockQ = 96, kBlockKV = 128;
+constexpr int64_t kScoresRow = kBlockKV + 16;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
+
+// Whether the products can be those of pairs of bfloat16.
+inline bool has_pairs(const AttentionProblem& problem) {
+  if (isa() != Isa::kAvx512Bf16 || problem.dtype != ScalarType::BFloat16) return false;
+  if (problem.head_dim % 2 != 0 || problem.value_dim % 2 != 0) return false;
+  for (const AnyStrided* t : {&problem.query, &problem.key, &problem.value}) {
+    if (t->col != 1 || t->row % 2 != 0) return false;
+  }
+  return true;
+}
+
+// What the splits of the keys leave for each query: sums relative to their own largest score.
+struct AttentionPartials {
+  AnyStrided out, row_max, row_sum;  // over (split * batch + b, head, query, ...)
+  int64_t num_splits, batch;
+
+  int64_t entry(int64_t split, int64_t b) const { return split * batch + b; }
+};
+
+// Queries of one batch entry, of heads that share their keys, against a range of keys.
+struct AttentionForwardUnit {
+  int64_t b, h_begin, num_heads, i_begin, num_rows, j_begin, j_end, split;
+  const AttentionPartials* partials;  // nullptr: the keys aren't split
+};
+
+// What the backward has beyond the forward's arguments and results.
+struct AttentionBackwardProblem {
+  const AttentionProblem* forward;
+  AnyStrided grad_out, grad_lse;  // grad_lse without data: none
+  AnyStrided delta;               // rowsum(dO * O) - dlse, of the accumulation's type
+  AnyStrided grad_query, grad_key, grad_value, grad_mask;
+};
+
+// Queries [i_begin, i_end) of heads that share their keys, against the keys [j_begin, j_end). It sums up the gradients
+// of the queries if it has all of their keys, and those of the keys if it has all of their queries.
+struct AttentionBackwardUnit {
+  int64_t b, h_begin, num_heads, i_begin, i_end, j_begin, j_end;
+  bool owns_queries, owns_keys;
+  void* grad_query = nullptr;  // where to sum up, in the accumulation's type
+};
+
+// The elements of the mask's gradient that one unit sums up: those at the beginning of a range that is shared.
+struct AttentionMaskUnit {
+  ColumnRange b, h, i, j;
+};
+
+// The weights of queries [i_begin, i_begin + num_rows) to all keys: of one head, or the mean over several.
+struct AttentionWeightsUnit {
+  int64_t b, h_begin, num_heads, i_begin, num_rows;
+};
+
+// Multiplications that are worth a thread.
+constexpr double kWorkPerThread = 1 << 18;
+
+// Those of one product of queries and keys with all others.
+inline double work_of(const AttentionProblem& problem) {
+  double pairs = 0;
+  for (const AttentionSequence& s : problem.sequences) pairs += static_cast<double>(s.q_len) * s.k_len;
+  return pairs * problem.heads * (problem.head_dim + problem.value_dim);
+}
+
+// Calls run(unit) for each unit, whichever thread is free taking the next: units differ in work.
+template <class Unit, class F>
+void run_units(const std::vector<Unit>& units, double work, const F& run) {
+  std::atomic<size_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;
+  const double useful_threads = std::min<double>(units.size(), 1 + std::floor(work / kWorkPerThread));
+  const int64_t num_threads = std::min<double>(torch::stable::get_num_threads(), useful_threads);
+  torch::stable::parallel_for(0, num_threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      try {
+        for (size_t i = next++; i < units.size() && !failed; i = next++) run(units[i]);
+      } catch (...) {  // no memory: must not leave a parallel region
+        if (!failed.exchange(true)) error = std::current_exception();
+      }
+    }
+  });
+  if (error) std::rethrow_exception(error);
+}
+
+}  // namespace bigkern
