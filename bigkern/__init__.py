@@ -6,6 +6,20 @@ import torch  # noqa: F401  (before the compiled libraries, which need torch's)
 
 __version__ = version("bigkern")
 
-from bigkern import amp, backends, libraries, models, optim
+from bigkern import amp, backends, libraries, models, nn, optim
+from bigkern.ops import scaled_dot_product_attention, varlen_attention
+from bigkern.ops.kv_cache import KVCache, attention_with_cache
 
-__all__ = ["__version__", "amp", "backends", "libraries", "models", "optim"]
+__all__ = [
+    "KVCache",
+    "__version__",
+    "amp",
+    "attention_with_cache",
+    "backends",
+    "libraries",
+    "models",
+    "nn",
+    "optim",
+    "scaled_dot_product_attention",
+    "varlen_attention",
+]

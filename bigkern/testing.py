@@ -25,7 +25,8 @@ def assert_as_accurate(
     """
     assert actual.shape == expected.shape, f"shape {actual.shape}, expected {expected.shape}"
     assert actual.dtype == baseline.dtype, f"dtype {actual.dtype}, expected {baseline.dtype}"
-    largest = expected[expected.isfinite()].abs().max().item() if expected.numel() else 0.0
+    finite = expected[expected.isfinite()]
+    largest = finite.abs().max().item() if finite.numel() else 0.0
     rounding = torch.finfo(actual.dtype).eps * largest
     bound = factor * max(max_error(baseline, expected), rounding)
     error = max_error(actual, expected)
