@@ -126,12 +126,13 @@ def test_one_wheel_runs_under_several_versions_of_torch(wheel, version, tmp_path
     """pip must reach PyPI and, for the CPU build, https://download.pytorch.org/whl/cpu."""
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv/bin/python"
-    run(python, "-m", "pip", "install", f"torch=={version}", "numpy", "pytest")
+    run(python, "-m", "pip", "install", f"torch=={version}", "numpy", "pytest", "hypothesis")
     run(python, "-m", "pip", "install", "--no-deps", wheel)
     shutil.copytree(ROOT / "tests", tmp_path / "tests")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    names = ("adam", "grad_norm", "optim", "optim_state", "amp", "backends")
-    tests = [f"tests/test_{name}.py" for name in names]
+    adam = ("adam", "grad_norm", "optim", "optim_state", "amp", "backends")
+    attention = ("attention_features", "attention_grad", "kv_cache", "multihead_attention")
+    tests = [f"tests/test_{name}.py" for name in (*adam, *attention)]
     result = run(python, "-m", "pytest", "-q", "-m", "not slow", *tests, cwd=tmp_path)
     assert re.search(r"\d+ passed", result.stdout)
     code = "import torch, bigkern; print(torch.__version__, bigkern.libraries.problems['_C_cuda'])"

@@ -1,0 +1,218 @@
+"""Attention against the reference in float64: function and raw ops, with every option."""
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from attention_helpers import (
+    DTYPES,
+    ENOUGH,
+    Case,
+    as_dtype,
+    baselines,
+    cases,
+    check,
+    check_all,
+    check_function,
+    in_dtype,
+    plain_with_gradients,
+    random_grads,
+    run_function,
+    run_reference,
+    wide,
+    with_gradients,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bigkern import backends, scaled_dot_product_attention, varlen_attention
+from bigkern.ops import reference
+
+DEVICES = [
+    device
+    for device in ("cpu", "cuda")
+    if backends.available("attention", device) and (device == "cpu" or torch.cuda.is_available())
+]
+
+# The same cases each time: a failure is seen by whoever made it. It prints how to repeat it.
+draw = settings(max_examples=400, deadline=None, derandomize=True, print_blob=True)
+
+
+def test_worked_example():
+    """Scores log 3 and 0 are weights 3/4 and 1/4."""
+    query, key = torch.tensor([[1.0]]), torch.tensor([[math.log(3)], [0.0]])
+    value = torch.tensor([[4.0, 0.0], [0.0, 8.0]])
+    out, lse = scaled_dot_product_attention(query, key, value, return_lse=True)
+    torch.testing.assert_close(out, torch.tensor([[3.0, 2.0]]))
+    torch.testing.assert_close(lse, torch.tensor([math.log(4)]))
+
+
+def test_philox_is_that_of_the_paper():
+    """The known answers of Random123's kat_vectors."""
+    zero = torch.zeros((), dtype=torch.int64)
+    answers = {
+        0: [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8],
+        0xFFFFFFFF: [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD],
+    }
+    for number, words in answers.items():
+        assert reference.philox([zero + number] * 4, [zero + number] * 2) == words
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("mask", [None, "bool", "float"])
+def test_reference_is_torch(mask, is_causal):
+    if mask is not None and is_causal:
+        pytest.skip("torch refuses both")
+    q, k, v = (torch.randn(2, 4, n, 8) for n in (5, 7, 7))
+    masks = {"bool": torch.rand(2, 1, 5, 7) > 0.3, "float": torch.randn(4, 5, 7)[None]}
+    options = {"attn_mask": masks.get(mask), "is_causal": is_causal}
+    actual = reference.attention(*as_dtype([q, k, v], torch.float64), scale=8**-0.5, **options)[0]
+    expected = F.scaled_dot_product_attention(*as_dtype([q, k, v], torch.float64), **{
+        **options, "attn_mask": as_dtype([options["attn_mask"]], torch.float64)[0]
+    })  # fmt: skip
+    check(actual, expected, F.scaled_dot_product_attention(q, k, v, **options))
+
+
+@settings(draw, max_examples=15)
+@given(cases(dtype=torch.float64))
+def test_backward_of_the_reference_is_its_derivative(case):
+    inputs = in_dtype(case, torch.float64)
+    actual = plain_with_gradients(case, *inputs)
+    expected = with_gradients(run_reference, case, *inputs)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(list(a), list(e))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@draw
+@given(cases(seqlens=False))
+def test_function(device, case):
+    if case.mask != "none":
+        case = replace(case, causal=False)
+    check_function(run_function, replace(case, device=device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [False, True])
+def test_more_than_a_tile(dtype, causal):
+    check_function(run_function, Case(dtype, 1, 2, 1, 150, 300, 64, 64, causal=causal))
+
+
+def _raw_ops(ops, case, inputs, tensors):
+    """All that they return."""
+    options = case.raw_options()
+    outs = ops.attention(*inputs, *tensors, **options)
+    grads = ops.attention_backward(
+        *random_grads(case, outs[:2]), *inputs, *outs, *tensors, **options,
+        needs_mask_grad=case.mask.startswith("float"),
+    )  # fmt: skip
+    softmax = [
+        ops.attention_weights(*inputs[:2], *outs[1:], *tensors, **options, average_heads=average)
+        for average in (False, True)
+    ]
+    return [*outs, *softmax], grads
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@draw
+@given(cases())
+def test_raw_ops(device, case):
+    """With lengths of sequences, and masks together with is_causal."""
+    case = replace(case, device=device)
+    ops = backends.select("attention", device)
+    outs, grads = _raw_ops(ops, case, case.inputs(), case.tensors())
+    check_all(
+        (outs, grads),
+        _raw_ops(reference, case, *in_dtype(case, torch.float64)),
+        baselines(partial(_raw_ops, reference), case),
+    )
+
+    query, key, value = case.inputs()
+    for actual, like in zip((outs[0], *grads), (query, query, key, value), strict=False):
+        transposed = like.stride(1) < like.stride(2)
+        assert (actual.transpose(1, 2) if transposed else actual).is_contiguous()
+        assert actual.dtype == like.dtype
+    assert outs[1].dtype == outs[2].dtype == wide(case.dtype)
+
+
+@dataclass
+class PackedCase(Case):
+    lengths: tuple[list[int], list[int]] = ()  # of queries and of keys
+
+    def shapes(self):
+        total_q, total_k = map(sum, self.lengths)
+        return [
+            (total_q, self.H, self.E),
+            (total_k, self.Hkv, self.E),
+            (total_k, self.Hkv, self.Ev),
+        ]
+
+    def starts(self):
+        return [
+            torch.tensor([0, *ns], device=self.device).cumsum(0).to(torch.int32)
+            for ns in self.lengths
+        ]
+
+    def tensors(self):
+        return [*super().tensors()[:3], *self.starts(), None, None]
+
+
+@st.composite
+def packed_cases(draw):
+    case = draw(cases(mask="none", layout="contiguous", seqlens=False))
+    length = st.one_of(st.just(0), st.integers(1, 70))
+    pairs = draw(st.lists(st.tuples(length, length), min_size=1, max_size=4))
+    rows = min(sum(ns) for ns in zip(*pairs, strict=True))
+    more = 1 + ENOUGH // (max(rows, 1) * min(case.E, case.Ev))
+    heads = {"H": case.H * more, "Hkv": case.Hkv * more}
+    lengths = tuple(map(list, zip(*pairs, strict=True)))
+    return PackedCase(**vars(case) | heads | {"B": len(pairs), "lengths": lengths})
+
+
+def _run_varlen(case, inputs, tensors):
+    return varlen_attention(
+        *inputs, *case.starts(), *map(max, case.lengths), case.dropout, case.scale, case.causal,
+        window=case.window, softcap=case.softcap, alibi_slopes=tensors[1], return_lse=True,
+        generator=case.generator(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@draw
+@given(packed_cases())
+def test_packed_sequences(device, case):
+    """Through the function and the raw op, each sequence with its own lengths, 0 included."""
+    case = replace(case, device=device)
+    check_function(_run_varlen, case)
+    out, row_max, row_sum = backends.select("attention", device).attention(
+        *case.inputs(), *case.tensors(), **case.raw_options(),
+        max_seqlen_q=max(case.lengths[0]), max_seqlen_k=max(case.lengths[1]),
+    )  # fmt: skip
+    expected = _run_varlen(case, case.inputs(), case.tensors())
+    assert torch.equal(out, expected[0])
+    assert torch.equal(row_max + row_sum.log(), expected[1])
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3, 4), (2, 0, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0)])
+def test_empty_queries(shape):
+    q = torch.randn(shape, requires_grad=True)
+    k, v = (torch.randn(*shape[:2], 5, n, requires_grad=True) for n in (shape[3], 6))
+    out = scaled_dot_product_attention(q, k, v)
+    assert out.shape == (*shape[:3], 6)
+    out.sum().backward()
+    assert all(x.grad.shape == x.shape and x.grad.isfinite().all() for x in (q, k, v))
+
+
+def test_no_keys_give_zeros():
+    q, k, v = (torch.randn(2, 2, n, 4, requires_grad=True) for n in (3, 0, 0))
+    mask = torch.randn(3, 0, requires_grad=True)
+    out, lse = scaled_dot_product_attention(q, k, v, mask, return_lse=True)
+    assert torch.equal(out, torch.zeros_like(out))
+    assert torch.equal(lse, torch.full_like(lse, -math.inf))
+    out.sum().backward()
+    assert torch.equal(q.grad, torch.zeros_like(q))
+    assert k.grad.shape == k.shape
+    assert mask.grad.shape == mask.shape
