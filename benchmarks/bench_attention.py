@@ -1,0 +1,179 @@
+"""Attention: bigkern against torch's F.scaled_dot_product_attention.
+
+python benchmarks/bench_attention.py [--device cuda] [--save]
+"""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from common import alternate, copy_bandwidth, main, sample
+from torch.nn import functional as F
+
+import bigkern
+
+SHAPES = [(2, 8, 512, 64), (1, 8, 2048, 64), (1, 8, 4096, 64), (1, 8, 2048, 128), (4, 4, 197, 64)]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FUNCTIONS = {
+    "bigkern": bigkern.scaled_dot_product_attention,
+    "torch": F.scaled_dot_product_attention,
+}
+DECODING = {"keys": 8192, "head_dim": 128, "heads": 32}
+
+
+def make(shape, dtype, device, **options):
+    return torch.randn(shape, device=device).to(dtype).requires_grad_(**options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["full", "causal", "additive mask"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward(benchmark, shape, kind, dtype, device):
+    q, k, v = (make(shape, DTYPES[dtype], device, requires_grad=False) for _ in range(3))
+    mask = make((1, 1, shape[2], shape[2]), DTYPES[dtype], device, requires_grad=False)
+    options = {
+        "is_causal": kind == "causal",
+        "attn_mask": mask if kind == "additive mask" else None,
+    }
+    contenders = {
+        name: lambda function=function: function(q, k, v, **options)
+        for name, function in FUNCTIONS.items()
+    }
+    alternate(benchmark, contenders, device)
+    benchmark.extra_info |= {"work": "forward", "kind": kind, "shape": shape, "dtype": dtype}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["full", "causal"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward_backward(benchmark, shape, kind, dtype, device):
+    q, k, v = (make(shape, DTYPES[dtype], device) for _ in range(3))
+    grad = make(shape, DTYPES[dtype], device, requires_grad=False)
+
+    def step(function):
+        torch.autograd.grad(function(q, k, v, is_causal=kind == "causal"), (q, k, v), grad)
+
+    contenders = {
+        name: lambda function=function: step(function) for name, function in FUNCTIONS.items()
+    }
+    alternate(benchmark, contenders, device)
+    benchmark.extra_info |= {"work": "+ backward", "kind": kind, "shape": shape, "dtype": dtype}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kv_heads", [32, 8])
+def test_decoding(benchmark, kv_heads, dtype, device):
+    """One query against a long cache."""
+    heads, keys, head_dim = DECODING["heads"], DECODING["keys"], DECODING["head_dim"]
+    q = make((1, heads, 1, head_dim), DTYPES[dtype], device, requires_grad=False)
+    k, v = (
+        make((1, kv_heads, keys, head_dim), DTYPES[dtype], device, requires_grad=False)
+        for _ in range(2)
+    )
+    contenders = {
+        name: lambda function=function: function(q, k, v, enable_gqa=True)
+        for name, function in FUNCTIONS.items()
+    }
+    contenders["a sum of keys and values"] = lambda: (k.sum(), v.sum())
+    alternate(benchmark, contenders, device)
+    benchmark.extra_info |= {
+        "work": "decoding",
+        "kind": f"{heads} query heads, {kv_heads} of keys",
+        "shape": tuple(k.shape),
+        "dtype": dtype,
+        "bytes": k.nbytes + v.nbytes,
+    }
+
+
+def test_memory(benchmark, device):
+    """What a forward and backward take beyond inputs, results and gradients."""
+    if device != "cpu":
+        pytest.skip("reads the process's memory")
+    q, k, v = (make((1, 8, 16384, 64), torch.float32, device) for _ in range(3))
+    grad = torch.randn(q.shape)
+    small = [t[:, :, :2048] for t in (q, k, v)]
+    torch.autograd.grad(FUNCTIONS["bigkern"](*small), small, grad[:, :, :2048])  # threads start
+    beyond = []
+
+    def step():
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
+        before = status("VmRSS")
+        out = FUNCTIONS["bigkern"](q, k, v)
+        results = [out, *torch.autograd.grad(out, (q, k, v), grad)]
+        beyond.append(status("VmHWM") - before - sum(t.nbytes for t in results))
+
+    benchmark.pedantic(step, rounds=1)
+    benchmark.extra_info |= {"beyond": beyond[0]}
+
+
+def status(field):
+    """Bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
+
+
+def matmul_limit(dtype, device):
+    """FLOP/s of a large matrix product: what the machine's arithmetic gives in practice."""
+    a, b = (make((2048, 2048), DTYPES[dtype], device, requires_grad=False) for _ in range(2))
+    return 2 * 2048**3 / min(sample(lambda: a @ b, 4, device) for _ in range(9))
+
+
+def tables(benchmarks, device):
+    limits = {dtype: matmul_limit(dtype, device) for dtype in DTYPES}
+    bandwidth = copy_bandwidth(device)
+    listed = ", ".join(f"{dtype} {limit / 1e9:.0f} GFLOP/s" for dtype, limit in limits.items())
+    lines = [
+        f"limits: matrix product {listed}; copy {bandwidth:.1f} GB/s (read + written)\n",
+        "| work | dtype | keys (B, H, L, E) | bigkern ms (quartiles) | torch ms (quartiles) | "
+        "bigkern | of limit | torch / bigkern |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    ratios = {}
+    for benchmark in benchmarks:
+        info = benchmark["extra_info"]
+        if "beyond" in info:
+            lines.append(
+                f"\nmemory beyond inputs and results, forward and backward, float32, "
+                f"L 16,384: {info['beyond'] / 2**20:.1f} MiB"
+            )
+            continue
+        (low, ours, high), (torch_low, theirs, torch_high) = (
+            info["quartiles_ms"][name] for name in FUNCTIONS
+        )
+        if "bytes" in info:
+            speed = info["bytes"] / ours / 1e6
+            read = info["bytes"] / info["quartiles_ms"]["a sum of keys and values"][1] / 1e6
+            speeds = f"{speed:.1f} GB/s | {speed / read:.0%} of a sum's {read:.1f}"
+        else:
+            speed = flops(info) / ours * 1e3
+            speeds = f"{speed / 1e9:.0f} GFLOP/s | {speed / limits[info['dtype']]:.0%}"
+            kind = "additive mask" if info["kind"] == "additive mask" else "full and causal"
+            ratios.setdefault((info["work"], info["dtype"], kind), []).append(theirs / ours)
+        row = (
+            f"{info['work']}, {info['kind']}",
+            info["dtype"],
+            str(tuple(info["shape"])),
+            f"{ours:.2f} ({low:.2f}..{high:.2f})",
+            f"{theirs:.2f} ({torch_low:.2f}..{torch_high:.2f})",
+            speeds,
+            f"{theirs / ours:.2f}",
+        )
+        lines.append(f"| {' | '.join(row)} |")
+    lines += ["\n| geometric mean of torch / bigkern | dtype | |", "|---|---|---|"]
+    for (work, dtype, kind), values in ratios.items():
+        mean = math.exp(sum(map(math.log, values)) / len(values))
+        lines.append(f"| {work}, {kind} | {dtype} | {mean:.2f} |")
+    return "\n".join(lines)
+
+
+def flops(info):
+    """As FlashAttention counts: two products forward, five backward; half of it if causal."""
+    B, H, L, E = info["shape"]
+    products = 2 if info["work"] == "forward" else 7
+    return products * 2 * B * H * L * L * E / (2 if info["kind"] == "causal" else 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(__file__, tables))
