@@ -18,6 +18,7 @@ from attention_helpers import (
     check_all,
     check_function,
     in_dtype,
+    lse_of,
     plain_with_gradients,
     random_grads,
     run_function,
@@ -25,7 +26,7 @@ from attention_helpers import (
     wide,
     with_gradients,
 )
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from bigkern import backends, scaled_dot_product_attention, varlen_attention
@@ -37,8 +38,17 @@ DEVICES = [
     if backends.available("attention", device) and (device == "cpu" or torch.cuda.is_available())
 ]
 
-# The same cases each time: a failure is seen by whoever made it. It prints how to repeat it.
-draw = settings(max_examples=400, deadline=None, derandomize=True, print_blob=True)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# The same cases each time: a failure is seen by whoever made it. It prints the case as it is,
+# since a smaller one would only be luckier.
+draw = settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    print_blob=True,
+    phases=[Phase.explicit, Phase.generate],
+)
 
 
 def test_worked_example():
@@ -102,7 +112,7 @@ def test_more_than_a_tile(dtype, causal):
 
 
 def _raw_ops(ops, case, inputs, tensors):
-    """All that they return."""
+    """All that they return, the two of a row as its log-sum-exp."""
     options = case.raw_options()
     outs = ops.attention(*inputs, *tensors, **options)
     grads = ops.attention_backward(
@@ -113,7 +123,7 @@ def _raw_ops(ops, case, inputs, tensors):
         ops.attention_weights(*inputs[:2], *outs[1:], *tensors, **options, average_heads=average)
         for average in (False, True)
     ]
-    return [*outs, *softmax], grads
+    return [outs[0], lse_of(*outs[1:]), *softmax], grads
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -135,7 +145,7 @@ def test_raw_ops(device, case):
         transposed = like.stride(1) < like.stride(2)
         assert (actual.transpose(1, 2) if transposed else actual).is_contiguous()
         assert actual.dtype == like.dtype
-    assert outs[1].dtype == outs[2].dtype == wide(case.dtype)
+    assert outs[1].dtype == wide(case.dtype)
 
 
 @dataclass
@@ -166,7 +176,7 @@ def packed_cases(draw):
     length = st.one_of(st.just(0), st.integers(1, 70))
     pairs = draw(st.lists(st.tuples(length, length), min_size=1, max_size=4))
     rows = min(sum(ns) for ns in zip(*pairs, strict=True))
-    more = 1 + ENOUGH // (max(rows, 1) * min(case.E, case.Ev))
+    more = 1 + ENOUGH // max(rows, 1)
     heads = {"H": case.H * more, "Hkv": case.Hkv * more}
     lengths = tuple(map(list, zip(*pairs, strict=True)))
     return PackedCase(**vars(case) | heads | {"B": len(pairs), "lengths": lengths})
@@ -181,7 +191,7 @@ def _run_varlen(case, inputs, tensors):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@draw
+@settings(draw, max_examples=30)
 @given(packed_cases())
 def test_packed_sequences(device, case):
     """Through the function and the raw op, each sequence with its own lengths, 0 included."""

@@ -11,7 +11,7 @@ import torch
 
 ALL = ["scalar", "avx2", "avx512", "avx512_bf16"]
 BEST = torch.ops.bigkern.best_cpu_isa()
-OPS = ("adam", "grad_norm", "attention", "attention_features")
+OPS = ("adam", "grad_norm", "attention")
 OP_TESTS = [str(Path(__file__).with_name(f"test_{op}.py")) for op in OPS]
 
 
