@@ -91,13 +91,13 @@ void attention_backward(const AttentionBackwardProblem& backward) {
   run_units(heads, work, [&](const Head& head) { kernels.delta(backward, head.b, head.h); });
 
   std::vector<AttentionBackwardUnit> units = units_of(problem);
-  const ScalarType accumulated = accumulation_type(problem.dtype);
+  const int64_t element_size = problem.dtype == ScalarType::Double ? sizeof(double) : sizeof(float);
   const int64_t row = round_up(problem.head_dim, 16);
   run_units(units, work, [&](const AttentionBackwardUnit& unit) {
     if (!unit.owns_queries) return kernels.run(backward, unit);
-    AttentionBackwardUnit own = unit;  // float32 sums for the time of the unit
-    const Tensor sums = torch::stable::empty({unit.num_heads * (unit.i_end - unit.i_begin) * row}, accumulated);
-    own.grad_query = sums.data_ptr();
+    AttentionBackwardUnit own = unit;
+    Workspace sums;  // for the time of the unit: they may be large
+    own.grad_query = sums.take<char>(unit.num_heads * (unit.i_end - unit.i_begin) * row * element_size);
     kernels.run(backward, own);
   });
 }

@@ -1,4 +1,4 @@
-// Buffers of a thread that are kept from call to call.
+// Buffers, as long as the workspace lives; a thread has one that is kept from call to call.
 #pragma once
 
 #include <cstddef>
