@@ -156,18 +156,18 @@ class AttentionDoor {
   const int32_t* lengths(const char* name, const OptionalTensor& t, int64_t n) const {
     BK_CHECK(t->dim() == 1 && t->size(0) == n, name, " must have shape [", n, "], got ", shape(*t));
     BK_CHECK(t->scalar_type() == ScalarType::Int, name, " must be torch.int32, got ", bigkern::name(t->scalar_type()));
-    BK_CHECK(n < 2 || t->stride(0) == 1, name, " must be contiguous");
+    BK_CHECK(n < 2 || t->stride(0) == 1, name, " must be contiguous, got a stride of ", t->stride(0));
     check_device(name, *t);
     return static_cast<const int32_t*>(t->data_ptr());
   }
 
   void read_sequences() {
     BK_CHECK(options_.cu_seqlens_q.has_value() == options_.cu_seqlens_k.has_value(),
-             "cu_seqlens_q and cu_seqlens_k must be given together");
+             "cu_seqlens_q and cu_seqlens_k must be given together, got only ",
+             options_.cu_seqlens_q ? "cu_seqlens_q" : "cu_seqlens_k");
     if (options_.is_packed()) {
       BK_CHECK(!options_.seqlens_q && !options_.seqlens_k,
-               "seqlens are for the padded layout, cu_seqlens for the "
-               "packed one: give one of them");
+               "seqlens are for the padded layout, cu_seqlens for the packed one: give one of them, got both");
       BK_CHECK(options_.cu_seqlens_q->dim() == 1 && options_.cu_seqlens_q->size(0) > 0,
                "cu_seqlens_q must have shape [batch + 1], got ", shape(*options_.cu_seqlens_q));
       problem.batch = options_.cu_seqlens_q->size(0) - 1;

@@ -1,5 +1,6 @@
 // adam_ and grad_norm on the CPU: the work of a whole parameter group, cut evenly over the threads.
 #include "../adam_call.h"
+#include "rounding.h"
 
 namespace bigkern {
 
@@ -22,8 +23,6 @@ constexpr int64_t kUnit = 64;
 constexpr int64_t kUnitsPerBlock = 64;
 constexpr int64_t kBlock = kUnit * kUnitsPerBlock;
 constexpr int64_t kGrain = 16 * kUnitsPerBlock;
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Calls f(tensor, begin, end) for ranges of whole blocks that cover all tensors, from several threads.
 template <class F>

@@ -117,7 +117,7 @@ BackwardResult attention_backward_op(Tensor grad_out, OptionalTensor grad_lse, T
   door.check_out("grad_out", grad_out);
   if (grad_lse) door.check_like("grad_lse", *grad_lse, row_max, "row_max", accumulated);
   BK_CHECK(!needs_mask_grad || (options.attn_mask && problem.mask_dtype != ScalarType::Bool),
-           "needs_mask_grad needs an additive attn_mask");
+           "needs_mask_grad needs an additive attn_mask, got ", options.attn_mask ? "a bool one" : "none");
   problem.out = strided(out, is_packed);
   // An expanded gradient, as a sum gives, is copied once instead of being read element by element for each tile.
   if (grad_out.stride(grad_out.dim() - 1) != 1) grad_out = torch::stable::contiguous(grad_out);

@@ -64,15 +64,7 @@ struct AttentionTile {
     return any && (problem.mask.data == nullptr || mask_lets_any_pass());
   }
 
-  BK_TARGET bool mask_lets_any_pass() const {
-    switch (problem.mask_dtype) {
-      case ScalarType::Bool: return mask_lets_any_pass<bool>();
-      case ScalarType::Double: return mask_lets_any_pass<double>();
-      case ScalarType::Half: return mask_lets_any_pass<Half>();
-      case ScalarType::BFloat16: return mask_lets_any_pass<BFloat16>();
-      default: return mask_lets_any_pass<float>();
-    }
-  }
+  BK_TARGET bool mask_lets_any_pass() const { BK_MASK_SWITCH(problem.mask_dtype, return mask_lets_any_pass, ()); }
 
   template <class M>
   BK_TARGET bool mask_lets_any_pass() const {
@@ -138,13 +130,7 @@ struct AttentionTile {
   // away.)
   __attribute__((always_inline)) void prefetch_mask(int64_t r, int64_t n) const {
     if (problem.mask.data == nullptr || problem.mask.row == 0) return;
-    switch (problem.mask_dtype) {
-      case ScalarType::Bool: return prefetch_mask<bool>(r, n);
-      case ScalarType::Double: return prefetch_mask<double>(r, n);
-      case ScalarType::Half: return prefetch_mask<Half>(r, n);
-      case ScalarType::BFloat16: return prefetch_mask<BFloat16>(r, n);
-      default: return prefetch_mask<float>(r, n);
-    }
+    BK_MASK_SWITCH(problem.mask_dtype, return prefetch_mask, (r, n));
   }
 
   template <class M>
@@ -175,13 +161,10 @@ struct AttentionTile {
 
   // bias = mask - slope * distance, -inf in columns that the row doesn't meet.
   BK_TARGET void make_bias(int64_t r) {
-    switch (problem.mask.data == nullptr ? ScalarType::Undefined : problem.mask_dtype) {
-      case ScalarType::Undefined: std::fill_n(bias, kBlockKV, Scalar(0)); break;
-      case ScalarType::Bool: mask_bias<bool>(r); break;
-      case ScalarType::Double: mask_bias<double>(r); break;
-      case ScalarType::Half: mask_bias<Half>(r); break;
-      case ScalarType::BFloat16: mask_bias<BFloat16>(r); break;
-      default: mask_bias<float>(r);
+    if (problem.mask.data == nullptr) {
+      std::fill_n(bias, kBlockKV, Scalar(0));
+    } else {
+      BK_MASK_SWITCH(problem.mask_dtype, mask_bias, (r));
     }
     if (problem.alibi_slopes.data != nullptr) {
       const Scalar slope = *problem.alibi_slopes.at(b, head(r));

@@ -9,6 +9,7 @@
 
 #include "../attention.h"
 #include "isa.h"
+#include "rounding.h"
 
 namespace bigkern {
 
@@ -17,8 +18,15 @@ namespace bigkern {
 constexpr int64_t kMaxBlockQ = 384, kBackwardBlockQ = 96, kBlockKV = 128;
 constexpr int64_t kScoresRow = kBlockKV + 16;
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
+// Calls FUNCTION<type of the mask's elements> ARGUMENTS. Not with a lambda, which must not be in a target function.
+#define BK_MASK_SWITCH(DTYPE, FUNCTION, ARGUMENTS)                  \
+  switch (DTYPE) {                                                  \
+    case ScalarType::Bool: FUNCTION<bool> ARGUMENTS; break;         \
+    case ScalarType::Double: FUNCTION<double> ARGUMENTS; break;     \
+    case ScalarType::Half: FUNCTION<Half> ARGUMENTS; break;         \
+    case ScalarType::BFloat16: FUNCTION<BFloat16> ARGUMENTS; break; \
+    default: FUNCTION<float> ARGUMENTS;                             \
+  }
 
 // Whether the products can be those of pairs of bfloat16.
 inline bool has_pairs(const AttentionProblem& problem) {
