@@ -5,7 +5,6 @@ python benchmarks/bench_attention.py [--device cuda] [--save]
 
 import math
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from common import alternate, copy_bandwidth, main, sample
 from torch.nn import functional as F
 
 import bigkern
+from bigkern.testing import memory_beyond_results
 
 SHAPES = [(2, 8, 512, 64), (1, 8, 2048, 64), (1, 8, 4096, 64), (1, 8, 2048, 128), (4, 4, 197, 64)]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -95,23 +95,13 @@ def test_memory(benchmark, device):
     grad = torch.randn(q.shape)
     small = [t[:, :, :2048] for t in (q, k, v)]
     torch.autograd.grad(FUNCTIONS["bigkern"](*small), small, grad[:, :, :2048])  # threads start
-    beyond = []
 
     def step():
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
-        before = status("VmRSS")
         out = FUNCTIONS["bigkern"](q, k, v)
-        results = [out, *torch.autograd.grad(out, (q, k, v), grad)]
-        beyond.append(status("VmHWM") - before - sum(t.nbytes for t in results))
+        return [out, *torch.autograd.grad(out, (q, k, v), grad)]
 
-    benchmark.pedantic(step, rounds=1)
-    benchmark.extra_info |= {"beyond": beyond[0]}
-
-
-def status(field):
-    """Bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
+    beyond = benchmark.pedantic(lambda: memory_beyond_results(step), rounds=1)
+    benchmark.extra_info |= {"beyond": beyond}
 
 
 def matmul_limit(dtype, device):

@@ -1,5 +1,8 @@
 """How accuracy is judged: by how wrong plain PyTorch is in the same dtype, not by a tolerance
-picked by hand."""
+picked by hand; and how memory is measured."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -31,3 +34,20 @@ def assert_as_accurate(
     bound = factor * max(max_error(baseline, expected), rounding)
     error = max_error(actual, expected)
     assert error <= bound, f"error {error:.3e} is more than {bound:.3e} ({factor} x torch's)"
+
+
+def memory_beyond_results(call: Callable[[], Iterable[Tensor]]) -> int:
+    """Bytes that `call` takes on the CPU at its peak, beyond what was there and what it returns.
+
+    Linux only: reads and resets the peak in ``/proc``.
+    """
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
+    before = _process_status("VmRSS")
+    results = list(call())
+    return _process_status("VmHWM") - before - sum(x.nbytes for x in results)
+
+
+def _process_status(field: str) -> int:
+    """Bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_helpers import DTYPES, Case, run_function
-from hypothesis import Phase, given, settings
+from attention_helpers import DTYPES, Case, draw, run_function
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
@@ -16,13 +16,6 @@ from bigkern.ops import reference
 from bigkern.ops.attention import attention_with_weights
 from bigkern.testing import assert_as_accurate
 
-draw = settings(
-    max_examples=20,
-    deadline=None,
-    derandomize=True,
-    print_blob=True,
-    phases=[Phase.explicit, Phase.generate],
-)
 lengths = st.one_of(st.integers(1, 9), st.sampled_from([16, 31, 33, 64, 65, 100, 129]))
 
 
