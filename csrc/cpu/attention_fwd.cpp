@@ -23,22 +23,34 @@ namespace {
 // Keys are split only where there are few queries: then more units than threads are needed to share the work. How many
 // doesn't depend on the threads, so that the result doesn't either.
 constexpr int64_t kRowsOfMicro = scalar::kGemmRows;  // of every instruction set
-constexpr int64_t kUnitsWanted = 64, kLeastKeys = 512;
+constexpr int64_t kFewRows = 384, kUnitsWanted = 64, kLeastKeys = 512;
+constexpr int64_t kTileElements = 128 << 10;  // of queries and of their results: half a cache of 1 MiB
+constexpr int64_t kTilesPerThread = 4;
 
-int64_t num_splits(const AttentionProblem& problem, int64_t num_tiles) {
-  if (num_tiles == 0 || problem.max_q_len * problem.group() > kMaxBlockQ) return 1;
+int64_t num_splits(const AttentionProblem& problem) {
+  const int64_t num_tiles = problem.batch * problem.kv_heads;
+  if (num_tiles == 0 || problem.max_q_len * problem.group() > kFewRows) return 1;
   const int64_t most = ceil_div(problem.max_k_len, kLeastKeys);
   return std::clamp<int64_t>(kUnitsWanted / num_tiles, 1, std::max<int64_t>(most, 1));
+}
+
+// The larger a tile, the less often the keys are packed. The results don't depend on it.
+int64_t max_block_q(const AttentionProblem& problem) {
+  const int64_t fitting = kTileElements / std::max<int64_t>(problem.head_dim + problem.value_dim, 1);
+  const int64_t all = problem.batch * problem.heads * problem.max_q_len;
+  const int64_t rows = std::min(fitting, all / (kTilesPerThread * torch::stable::get_num_threads()));
+  return std::clamp(rows / kRowsOfMicro * kRowsOfMicro, kMinBlockQ, kMaxBlockQ);
 }
 
 // Tiles of queries: of one head, or where it has few queries, of all the heads that share their keys.
 std::vector<AttentionForwardUnit> tiles_of(const AttentionProblem& problem) {
   std::vector<AttentionForwardUnit> tiles;
+  const int64_t most_rows = max_block_q(problem);
   for (int64_t b = 0; b < problem.batch; ++b) {
     const int64_t length = problem.sequences[b].q_len;
     if (length == 0) continue;
-    const int64_t rows = std::min(length, round_up(ceil_div(length, ceil_div(length, kMaxBlockQ)), kRowsOfMicro));
-    const int64_t heads_at_once = std::min(problem.group(), kMaxBlockQ / rows);
+    const int64_t rows = std::min(length, round_up(ceil_div(length, ceil_div(length, most_rows)), kRowsOfMicro));
+    const int64_t heads_at_once = std::min(problem.group(), most_rows / rows);
     const int64_t num_tiles = ceil_div(length, rows);
     for (int64_t kv_head = 0; kv_head < problem.kv_heads; ++kv_head) {
       for (int64_t g = 0; g < problem.group(); g += heads_at_once) {
@@ -59,7 +71,7 @@ void attention_forward(const AttentionProblem& problem) {
              avx512::forward_kernels_of<avx512::Float>)(problem);
   std::vector<AttentionForwardUnit> units = tiles_of(problem);
   const double work = work_of(problem);
-  const int64_t splits = num_splits(problem, units.size());
+  const int64_t splits = num_splits(problem);
   if (splits == 1) return run_units(units, work, [&](const AttentionForwardUnit& unit) { kernels.run(problem, unit); });
 
   const ScalarType accumulated = accumulation_type(problem.dtype);

@@ -1,5 +1,6 @@
 // Attention's forward for one instruction set; included by each_isa.h.
 #include "attention_tile.h"
+#include "dot_kernels.h"
 
 // O = softmax(Q K^T) V for a tile of queries, over the keys [j_begin, j_end), by the online softmax: Dao et al. 2022,
 // algorithm 1, with the loops exchanged as in Dao 2023, algorithm 1.
@@ -27,6 +28,7 @@ class AttentionForward {
     v_ = workspace.take<Scalar>(kBlockKV * value_row_);
     s_ = workspace.take<Scalar>(kGemmRows * kScoresRow);
     o_ = workspace.take<Scalar>(tile_.num_rows * value_row_);
+    std::fill_n(s_, kGemmRows * kScoresRow, Scalar(0));  // beyond the last key no score is computed, only read
   }
 
   BK_TARGET void run() {
@@ -36,56 +38,74 @@ class AttentionForward {
       pack<V>(operand<kPairs>(row), 1, depth_, q_ + r * depth_, 0);
     }
     std::fill_n(o_, tile_.num_rows * value_row_, Scalar(0));
-    std::fill_n(row_max_, tile_.num_rows, -std::numeric_limits<Scalar>::infinity());
-    std::fill_n(row_sum_, tile_.num_rows, Scalar(0));
+    std::fill_n(row_max_, kMaxBlockQ + kGroup, -std::numeric_limits<Scalar>::infinity());
+    std::fill_n(row_sum_, kMaxBlockQ + kGroup, Scalar(0));
 
-    const ColumnRange keys = tile_.all_keys();
-    const int64_t end = std::min(unit_.j_end, keys.end);
-    for (int64_t j = std::max(unit_.j_begin, keys.begin / kBlockKV * kBlockKV); j < end; j += kBlockKV) {
+    const ColumnRange met = tile_.all_keys();
+    const int64_t end = std::min(unit_.j_end, met.end);
+    for (int64_t j = std::max(unit_.j_begin, met.begin / kBlockKV * kBlockKV); j < end; j += kBlockKV) {
       if (!tile_.move_to(j)) continue;
       // K^T  [panels, depth, kPanel],  V  [num_cols, value_dim]
-      pack_transposed<V>(operand<kPairs>(tile_.keys(j)), tile_.num_cols, depth_, k_);
+      const auto keys = operand<kPairs>(tile_.keys(j));
+      const bool as_it_lies = tile_.num_rows <= kGemmRows && keys.col == 1 && depth_ % V::kWidth == 0;
+      if (!as_it_lies) pack_transposed<V>(keys, tile_.num_cols, depth_, k_);
       const GemmB<Scalar> values = pack_values(tile_.values(j));
       for (int64_t r = 0; r < tile_.num_rows; r += kGemmRows) {
         const int64_t n = std::min<int64_t>(kGemmRows, tile_.num_rows - r);
         ColumnRange cols = tile_.cols_of(r, n);
         if (cols.begin == cols.end) continue;
-        tile_.prefetch_mask(r, n);
         // S = Q @ K^T  [n, kBlockKV]
-        tile_.template product<kPairs>(r, n, GemmA<Scalar>{q_ + r * depth_, depth_, 1}, depth_, k_, s_);
+        const GemmA<Scalar> queries{q_ + r * depth_, depth_, 1};
+        if (as_it_lies) {
+          prefetch(tile_.values(j), tile_.num_cols, problem_.value_dim);
+          dot_rows<V, kPairs>(n, tile_.num_cols, depth_, queries, keys, s_, kScoresRow);
+        } else {
+          tile_.template product<kPairs>(r, n, queries, depth_, k_, s_);
+        }
         // P = exp(S - row_max)
-        for (int64_t i = 0; i < n; ++i) softmax(r + i, s_ + i * kScoresRow, cols);
-        // O += P @ V  [n, value_dim]
+        softmax(r, n, cols);
+        if (as_it_lies) prefetch(tile_.keys(j + kBlockKV), std::min(kBlockKV, end - j - kBlockKV), problem_.head_dim);
+        // O = diag(factor) O + P @ V  [n, value_dim]
         if (kPairs) cols = {cols.begin / 2, ceil_div(cols.end, 2)};
         gemm_rows<V, true, kPairs>(n, value_row_, cols.end - cols.begin, GemmA<Scalar>{s_ + cols.begin, kScoresRow, 1},
-                                   values.data + cols.begin * values.row, values.row, o_ + r * value_row_, value_row_);
+                                   values.data + cols.begin * values.row, values.row, o_ + r * value_row_, value_row_,
+                                   factor_);
       }
     }
     finish();
   }
 
-  // A row of scores becomes one of weights relative to the row's largest score so far; what was summed up relative to
-  // the previous one is rescaled.
-  BK_TARGET void softmax(int64_t r, Scalar* s, ColumnRange group) {
-    const ColumnRange regs = tile_.regs_of(r);
-    if (regs.begin == regs.end) return zero_outside(s, group, regs);
-
-    const bool is_plain = tile_.is_plain(r);
-    const Scalar largest = is_plain ? max_of<V>(s, regs) * Scalar(problem_.scale) : tile_.finish_scores(r, s);
-    if (largest > row_max_[r]) {
-      const Scalar previous = row_max_[r];
-      row_max_[r] = largest;
-      if (row_sum_[r] != 0) {
-        const Scalar factor = std::exp2((previous - largest) * Scalar(kLog2E));
-        row_sum_[r] *= factor;
-        scale_row<V>(o_ + r * value_row_, value_row_, factor);
-      }
+  // Rows of scores become weights relative to each row's largest score so far. What was summed up relative to the
+  // previous one is to be multiplied by factor_.
+  BK_TARGET void softmax(int64_t r, int64_t n, ColumnRange group) {
+    constexpr Scalar kLowest = std::numeric_limits<Scalar>::lowest();
+    Scalar largest[kGroup];
+    std::fill_n(largest, kGroup, -std::numeric_limits<Scalar>::infinity());  // changes nothing for the rows after these
+    for (int64_t i = 0; i < n; ++i) {
+      Scalar* s = s_ + i * kScoresRow;
+      const ColumnRange regs = tile_.regs_of(r + i);
+      largest[i] = tile_.is_plain(r + i) ? max_of<V>(s, regs) * Scalar(problem_.scale) : tile_.finish_scores(r + i, s);
     }
+    for (int64_t i = 0; i < n; i += V::kWidth) {
+      const Reg previous = V::load(row_max_ + r + i), row_max = V::max(V::load(largest + i), previous);
+      V::store(row_max_ + r + i, row_max);
+      // Finite where no key was met so far, and 1 where none is met at all.
+      const Reg lowest = V::set(kLowest), change = V::sub(V::max(previous, lowest), V::max(row_max, lowest));
+      const Reg factor = exp2<V>(V::mul(change, V::set(Scalar(kLog2E))));
+      V::store(factor_ + i, factor);
+      V::store(row_sum_ + r + i, V::mul(V::load(row_sum_ + r + i), factor));
+    }
+    for (int64_t i = 0; i < n; ++i) weights_of(r + i, s_ + i * kScoresRow, group);
+  }
+
+  BK_TARGET void weights_of(int64_t r, Scalar* s, ColumnRange group) {
+    tile_.prefetch_mask(r + kGemmRows, std::min<int64_t>(1, tile_.num_rows - r - kGemmRows));
+    const ColumnRange regs = tile_.regs_of(r);
     Scalar row_max = row_max_[r];
     if (row_max == -std::numeric_limits<Scalar>::infinity()) row_max = 0;  // no key was met so far
 
     Reg sum = V::set(Scalar(0));
-    const SoftmaxExp<V> exp(is_plain, problem_.scale, row_max);
+    const SoftmaxExp<V> exp(tile_.is_plain(r), problem_.scale, row_max);
     const bool has_dropout = problem_.dropout_threshold > 0;
     if (has_dropout) tile_.make_keep(r);
     for (int64_t j = regs.begin; j < regs.end; j += V::kWidth) {
@@ -99,7 +119,7 @@ class AttentionForward {
       }
     }
     row_sum_[r] += V::sum(sum);
-    zero_outside(s, group, regs);
+    if (regs.begin > group.begin || regs.end < group.end) zero_outside(s, group, regs);
   }
 
   // Zeros where only other rows of the six have weights.
@@ -152,7 +172,8 @@ class AttentionForward {
   AttentionTile<V, T> tile_;
   int64_t depth_, value_row_;  // head_dim in elements of a product, value_dim in whole registers
   Scalar *q_, *k_, *v_, *s_, *o_;
-  Scalar row_max_[kMaxBlockQ], row_sum_[kMaxBlockQ];
+  static constexpr int64_t kGroup = round_up(kGemmRows, V::kWidth);
+  Scalar row_max_[kMaxBlockQ + kGroup], row_sum_[kMaxBlockQ + kGroup], factor_[kGroup];
 };
 
 // One row of the output from the parts that the splits of the keys gave.

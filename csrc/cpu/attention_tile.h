@@ -16,6 +16,7 @@ struct AttentionTile {
   const AttentionSequence& sequence;
   int64_t b, h_begin, i_begin, rows_per_head, num_rows;  // row r is query i_begin + r % rows_per_head
   int64_t j_begin = 0, num_cols = 0;                     // columns, beyond j_begin
+  bool is_whole = false;                                 // every row meets every column, in whole registers
   ColumnRange cols[kMaxBlockQ];                          // that each row meets, relative to j_begin
   Scalar bias[kBlockKV], keep[kBlockKV];                 // of a row
 
@@ -52,8 +53,15 @@ struct AttentionTile {
 
   // Moves to the keys from j on. False if no row meets one of them.
   BK_TARGET bool move_to(int64_t j) {
+    const bool was_whole = is_whole && num_cols == kBlockKV;
     j_begin = j;
     num_cols = std::min(kBlockKV, sequence.k_len - j);
+    const ColumnRange first = problem.keys_of(sequence, i_begin);
+    const ColumnRange last = problem.keys_of(sequence, i_begin + rows_per_head - 1);
+    is_whole = std::max(first.begin, last.begin) <= j && std::min(first.end, last.end) >= j + num_cols &&
+               num_cols % V::kWidth == 0;
+    if (is_whole && !(was_whole && num_cols == kBlockKV)) std::fill_n(cols, num_rows, ColumnRange{0, num_cols});
+    if (is_whole) return problem.mask.data == nullptr || mask_lets_any_pass();
     bool any = false;
     for (int64_t r = 0; r < num_rows; ++r) {
       const ColumnRange keys = problem.keys_of(sequence, query(r));
@@ -87,6 +95,7 @@ struct AttentionTile {
 
   // The columns that rows [r, r + n) meet.
   ColumnRange cols_of(int64_t r, int64_t n) const {
+    if (is_whole) return {0, num_cols};
     ColumnRange all{num_cols, 0};
     for (int64_t i = r; i < std::min(r + n, num_rows); ++i) {
       if (cols[i].begin == cols[i].end) continue;
@@ -111,7 +120,7 @@ struct AttentionTile {
                          Scalar* products) const {
     // Long sums are cut, or their rounding errors would exceed those of libraries that sum up in several lanes; as
     // those do most where there are few rows.
-    const int64_t chunk = num_rows <= kGemmRows ? 16 : 64;
+    const int64_t chunk = problem.max_q_len * problem.group() <= kGemmRows ? 16 : 64;
     const ColumnRange range = cols_of(r, n);
     for (int64_t panel = range.begin / kPanel<V> * kPanel<V>; panel < range.end; panel += kPanel<V>) {
       const Scalar* b = packed + panel * depth;
@@ -125,11 +134,9 @@ struct AttentionTile {
     }
   }
 
-  // Rows of a large mask lie pages apart, where the hardware doesn't look ahead, and often in few sets of the cache:
-  // they are fetched just before they are used. (Not inlined, functions without any effect but prefetches are optimized
-  // away.)
+  // Rows of a large mask lie pages apart, where the hardware doesn't look ahead.
   __attribute__((always_inline)) void prefetch_mask(int64_t r, int64_t n) const {
-    if (problem.mask.data == nullptr || problem.mask.row == 0) return;
+    if (problem.mask.data == nullptr || problem.mask.row == 0 || n <= 0) return;
     BK_MASK_SWITCH(problem.mask_dtype, return prefetch_mask, (r, n));
   }
 
@@ -137,9 +144,8 @@ struct AttentionTile {
   __attribute__((always_inline)) void prefetch_mask(int64_t r, int64_t n) const {
     const Strided<const M> mask = problem.mask.as<const M>();
     for (int64_t i = r; i < r + n; ++i) {
-      const M* row = mask.at(b, head(i), query(i), j_begin);
-      constexpr int64_t kLine = 64 / sizeof(M);
-      for (int64_t j = cols[i].begin; j < cols[i].end; j += kLine) __builtin_prefetch(row + j * mask.col);
+      const M* row = mask.at(b, head(i), query(i), j_begin + cols[i].begin);
+      prefetch(Matrix<M>{row, 0, mask.col}, 1, cols[i].end - cols[i].begin);
     }
   }
 

@@ -15,7 +15,7 @@ namespace bigkern {
 
 // Rows of queries and of keys of a tile. A tile of float32 scores and what it is made of fit the L2 cache; its rows are
 // an odd number of cache lines apart, so that a column uses all sets of the L1 cache.
-constexpr int64_t kMaxBlockQ = 384, kBackwardBlockQ = 96, kBlockKV = 128;
+constexpr int64_t kMinBlockQ = 96, kMaxBlockQ = 768, kBackwardBlockQ = 96, kBlockKV = 128;
 constexpr int64_t kScoresRow = kBlockKV + 16;
 
 // Calls FUNCTION<type of the mask's elements> ARGUMENTS. Not with a lambda, which must not be in a target function.

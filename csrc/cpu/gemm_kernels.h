@@ -1,4 +1,5 @@
-// The products of a tile, for one instruction set; included by an op's kernels. All are C = A . B or C += A . B with
+// The products of a tile, for one instruction set; included by an op's kernels. All are C = A . B or C += A . B, or with
+// factors of C's rows C = diag(c_factor) . C + A . B, with
 // A [m, k] of any strides, read element by element, B [k, n] and C [m, n] in registers of V, n a multiple of its width.
 // What is added to C was summed up apart, so that rounding errors grow with the length of one product, not of all.
 // With pairs, an element of A and of B is two bfloat16 that are adjacent in k.
@@ -25,7 +26,7 @@ struct GemmB {
 
 template <class V, bool kAccumulate, bool kPairs, int M, int N>
 BK_TARGET void gemm_micro(int64_t k, GemmA<typename V::Scalar> a, const typename V::Scalar* b, int64_t b_row,
-                          typename V::Scalar* c, int64_t c_row) {
+                          typename V::Scalar* c, int64_t c_row, const typename V::Scalar* c_factor) {
   typename V::Reg sum[M][N];
 #pragma GCC unroll 6
   for (int i = 0; i < M; ++i) {
@@ -52,17 +53,18 @@ BK_TARGET void gemm_micro(int64_t k, GemmA<typename V::Scalar> a, const typename
   }
 #pragma GCC unroll 6
   for (int i = 0; i < M; ++i) {
+    const typename V::Reg factor = V::set(c_factor == nullptr ? 1 : c_factor[i]);
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) {
       typename V::Scalar* out = c + i * c_row + j * V::kWidth;
-      V::store(out, kAccumulate ? V::add(V::load(out), sum[i][j]) : sum[i][j]);
+      V::store(out, kAccumulate ? V::fma(V::load(out), factor, sum[i][j]) : sum[i][j]);
     }
   }
 }
 
 template <class V>
 using GemmMicro = void (*)(int64_t, GemmA<typename V::Scalar>, const typename V::Scalar*, int64_t, typename V::Scalar*,
-                           int64_t);
+                           int64_t, const typename V::Scalar*);
 
 template <class V, bool kAccumulate, bool kPairs, int M>
 GemmMicro<V> gemm_micro_of(int regs) {
@@ -89,9 +91,10 @@ GemmMicro<V> gemm_micro_of(int rows, int regs) {
 // Rows of C, at most kGemmRows, by n columns.
 template <class V, bool kAccumulate, bool kPairs = false>
 BK_TARGET void gemm_rows(int rows, int64_t n, int64_t k, GemmA<typename V::Scalar> a, const typename V::Scalar* b,
-                         int64_t b_row, typename V::Scalar* c, int64_t c_row) {
+                         int64_t b_row, typename V::Scalar* c, int64_t c_row,
+                         const typename V::Scalar* c_factor = nullptr) {
   for (int64_t j = 0; j < n; j += kPanel<V>) {
     const int regs = std::min<int64_t>(kPanel<V>, n - j) / V::kWidth;
-    gemm_micro_of<V, kAccumulate, kPairs>(rows, regs)(k, a, b + j, b_row, c + j, c_row);
+    gemm_micro_of<V, kAccumulate, kPairs>(rows, regs)(k, a, b + j, b_row, c + j, c_row, c_factor);
   }
 }
