@@ -50,8 +50,8 @@ BK_TARGET void dot_rows(int64_t n, int64_t k, GemmA<typename V::Scalar> a, Matri
 
 // The same for so many rows, at most kGemmRows.
 template <class V, bool kPairs, class T>
-BK_TARGET void dot_rows(int rows, int64_t n, int64_t k, GemmA<typename V::Scalar> a, Matrix<T> b,
-                        typename V::Scalar* c, int64_t c_row) {
+BK_TARGET void dot_rows(int rows, int64_t n, int64_t k, GemmA<typename V::Scalar> a, Matrix<T> b, typename V::Scalar* c,
+                        int64_t c_row) {
   switch (rows) {
     case 1: return dot_rows<V, kPairs, 1>(n, k, a, b, c, c_row);
     case 2: return dot_rows<V, kPairs, 2>(n, k, a, b, c, c_row);

@@ -1,8 +1,8 @@
-// The products of a tile, for one instruction set; included by an op's kernels. All are C = A . B or C += A . B, or with
-// factors of C's rows C = diag(c_factor) . C + A . B, with
-// A [m, k] of any strides, read element by element, B [k, n] and C [m, n] in registers of V, n a multiple of its width.
-// What is added to C was summed up apart, so that rounding errors grow with the length of one product, not of all.
-// With pairs, an element of A and of B is two bfloat16 that are adjacent in k.
+// The products of a tile, for one instruction set; included by an op's kernels. All are C = A . B or C += A . B, or
+// with factors of C's rows C = diag(c_factor) . C + A . B, with A [m, k] of any strides, read element by element, B [k,
+// n] and C [m, n] in registers of V, n a multiple of its width. What is added to C was summed up apart, so that
+// rounding errors grow with the length of one product, not of all. With pairs, an element of A and of B is two bfloat16
+// that are adjacent in k.
 
 // Rows and registers of C that a micro-kernel keeps: 24 accumulators of 32 registers on AVX-512, 12 of 16 on AVX2.
 constexpr int kGemmRows = 6;
