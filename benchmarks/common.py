@@ -86,7 +86,8 @@ def main(file: str, tables: Callable[[list[dict], str], str]) -> int:
     parser.add_argument("-k", metavar="EXPRESSION", default="", help="only benchmarks that match")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        path = (RESULTS if args.save else Path(folder)) / f"{Path(file).stem}_{args.device}.json"
+        where = args.device if args.device == "cuda" else f"cpu_{torch.ops.bigkern.cpu_isa()}"
+        path = (RESULTS if args.save else Path(folder)) / f"{Path(file).stem}_{where}.json"
         options = "-q --no-header --import-mode=prepend -p no:cacheprovider --benchmark-quiet"
         options = [*options.split(), "--benchmark-disable-gc", f"--benchmark-json={path}"]
         code = pytest.main([file, "-k", args.k, *options], plugins=[_Plugin(args.device)])
