@@ -18,6 +18,8 @@ def torch_attention_with_cache(
     undefined."""
     start, L = cache.lengths.clone(), query.size(2)
     is_empty, is_even = cache.longest == 0, cache.all_equal and lengths is None
+    if is_empty:  # what is masked is multiplied by 0, which NaN would survive
+        cache.keys.zero_(), cache.values.zero_()
     cache.append(k_new, v_new, lengths)
     if is_empty:  # a prompt, whose padding is to its right: no token of it sees any
         return F.scaled_dot_product_attention(query, k_new, v_new, is_causal=True)
