@@ -12,7 +12,8 @@ from torch import nn
 from bigkern.train.checkpoint import (
     list_checkpoints,
 )
-from bigkern.train.cnn import build_task, comparison, run
+from bigkern.train.cnn import build_task, run
+from bigkern.train.compare import comparison
 from bigkern.train.config import CnnConfig, TrainConfig
 from bigkern.train.data import load_digits
 from bigkern.train.errors import UserError
@@ -178,7 +179,7 @@ def test_default_run_learns_the_digits(digits_run):
     assert len(digits_run.losses) == 230
     assert digits_run.losses[0] == pytest.approx(math.log(10), abs=0.1)
     assert digits_run.ms_per_step > 0
-    assert digits_run.images_per_second == pytest.approx(64e3 / digits_run.ms_per_step)
+    assert digits_run.per_second == pytest.approx(64e3 / digits_run.ms_per_step)
     assert 50 < digits_run.peak_memory_mib < 20_000
 
 
