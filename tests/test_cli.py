@@ -12,6 +12,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from helpers import rewrite_checkpoint
 
 import bigkern
 from bigkern.cli import main
@@ -247,13 +248,12 @@ def test_folders_without_a_run(tmp_path, capsys):
         assert "there is no checkpoint in" in fails(capsys, *command, tmp_path, *image)
 
 
-def test_a_checkpoint_of_another_model(finished, tmp_path, capsys, monkeypatch):
-    state = checkpoint.load_checkpoint(checkpoint.list_checkpoints(finished)[0])
-    state["identity"]["model"] = "Transformer"
-    with checkpoint.atomic_file(tmp_path / "checkpoint-00000001.pt") as file:
-        hashing = checkpoint._HashingFile(file)
-        torch.save(state, hashing)
-        file.write(checkpoint.SEAL + hashing.sha256.hexdigest().encode())
+def test_a_checkpoint_of_another_model(finished, tmp_path, capsys):
+    rewrite_checkpoint(
+        checkpoint.list_checkpoints(finished)[0],
+        tmp_path,
+        lambda state: state["identity"].update(model="Transformer"),
+    )
     message = fails(capsys, "evaluate", tmp_path)
     assert "its model is Transformer, not SimpleCNN" in message
 

@@ -44,6 +44,8 @@ def generate(
     `how` are temperature, top_k, top_p and seed of :meth:`Transformer.generate`. Raises UserError
     for a prompt or an option that it refuses.
     """
+    if how.get("seed") is not None and not 0 <= how["seed"] < 2**63:
+        raise UserError(f"seed must be in [0, 2**63), got {how['seed']}")
     model = load_language_model(folder, device)
     tokens = to_tokens(prompt.encode()).long()
     if max_new_tokens is None:

@@ -5,6 +5,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,13 +55,16 @@ def load_text(path: str | None, context: int) -> Text:
 
 def to_tokens(text: bytes) -> Tensor:
     """[len(text)] uint8."""
-    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    return torch.from_numpy(np.frombuffer(text, dtype=np.uint8).copy())
 
 
 def read_library() -> tuple[bytes, bytes]:
     """The modules, one after another, split by file."""
     folder = Path(sysconfig.get_path("stdlib"))
-    files = [read(folder / f"{module}.py") for module in sorted(MODULES.split())]
+    try:
+        files = [read(folder / f"{module}.py") for module in sorted(MODULES.split())]
+    except UserError as error:
+        raise UserError(f"{error}; name a text by --text FILE") from error
     held_out = files[::HELD_OUT]
     del files[::HELD_OUT]
     return b"".join(files), b"".join(held_out)
