@@ -13,7 +13,6 @@ from helpers import flip_a_bit, parameters, rewrite_checkpoint, steps_logged
 
 from bigkern.cli import main
 from bigkern.models import Transformer
-from bigkern.train import loop
 from bigkern.train.checkpoint import list_checkpoints
 from bigkern.train.config import TransformerTrainConfig
 from bigkern.train.errors import UserError
@@ -30,10 +29,9 @@ SMALL = TransformerTrainConfig(
     warmup_steps=4, device="cpu",
 )  # fmt: skip
 STEPS = 8  # an epoch
-QUICK = (
-    "train transformer --context 24 --dim 32 --num-heads 2 --num-blocks 2 --batch-size 16 "
-    "--device cpu --warmup-steps 2 --lr 0.01"
-).split()
+TRAIN = ["train", "transformer", "--device", "cpu"]
+QUICK = [*TRAIN, "--context", "24", "--dim", "32", "--num-heads", "2", "--num-blocks", "2"]
+QUICK += ["--batch-size", "16", "--warmup-steps", "2", "--lr", "0.01"]
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +116,8 @@ def test_default_run_classifies_the_digits():
 
 
 def test_classifying_learns(tmp_path, capsys):
-    argv = "train transformer --task classify --device cpu --epochs 1 --dim 64 --out".split()
-    assert main([*argv, str(tmp_path)]) == 0
+    quick = ["--epochs", "1", "--dim", "64", "--out", str(tmp_path)]
+    assert main([*TRAIN, "--task", "classify", *quick]) == 0
     out = capsys.readouterr().out
     assert "images per second" in out
     assert json.loads((tmp_path / "summary.json").read_text())["test_accuracy"] > 0.3
@@ -251,7 +249,7 @@ def test_a_checkpoint_of_another_vocabulary(finished, tmp_path, capsys):
     ],
 )
 def test_bad_options_have_a_message(capsys, options, message):
-    assert message in fails(capsys, "train", "transformer", "--device", "cpu", *options)
+    assert message in fails(capsys, *TRAIN, *options)
 
 
 def test_compare_shows_both_side_by_side(text_file, tmp_path, capfd, monkeypatch):
