@@ -235,7 +235,7 @@ def test_a_checkpoint_of_another_vocabulary(finished, tmp_path, capsys):
     [
         (["--text", "/nowhere"], "cannot read /nowhere"),
         (["--context", "5000000"], "context must be shorter than the text"),
-        (["--num-heads", "5"], "num_heads must divide dim 256, got 5"),
+        (["--num-heads", "5"], "num_heads must divide dim 128, got 5"),
         (["--accumulate", "0"], "accumulate must be at least 1"),
         (["--warmup-steps", "-1"], "warmup_steps must be at least 0"),
         (["--optimizer", "sgd"], "decoupled_weight_decay is not an option of the optimizer sgd"),

@@ -100,7 +100,7 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(config.dim)
         self.feed_forward = nn.Sequential(
             nn.Linear(config.dim, 4 * config.dim),
-            nn.ReLU(inplace=True),  # on 2 cores a fresh tensor takes longer than the maximum
+            nn.ReLU(),
             nn.Linear(4 * config.dim, config.dim),
         )
         self.dropout = nn.Dropout(config.dropout)

@@ -105,9 +105,9 @@ class TransformerTrainConfig(TrainConfig):
     """Options of `bigkern train transformer`. The defaults are those of the language model;
     `for_objective` has those of the other."""
 
-    epochs: int = 1
+    epochs: int = 2
     batch_size: int = 8
-    lr: float = 2e-3
+    lr: float = 4e-3
     warmup_steps: int = 50
     schedule: str = "cosine"
     weight_decay: float = 0.1
@@ -117,11 +117,11 @@ class TransformerTrainConfig(TrainConfig):
     objective: str = "lm"  # predict the next byte of a text; classify: the digits, row by row
     text: str | None = None  # lm only: a file; None: the source of Python's standard library
     context: int = 256  # bytes that the language model sees
-    dim: int = 256
-    num_heads: int = 4
+    dim: int = 128
+    num_heads: int = 2
     num_blocks: int = 4
     dropout: float = 0.0
-    positions: str = "learned"  # or rotary
+    positions: str = "rotary"  # or learned, which take a few times as many steps
     attention: str = "bigkern"  # or torch
 
     RESUMABLE = TrainConfig.RESUMABLE | {"text"}  # a checkpoint knows its text by a digest

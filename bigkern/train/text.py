@@ -13,18 +13,15 @@ from bigkern.train.errors import UserError
 
 # Modules of one file each that every Python from 3.10 on has.
 MODULES = """
-    _collections_abc _pydecimal _pyio _strptime _weakrefset abc argparse ast base64 bdb bisect
-    calendar cmd code codecs codeop collections/__init__ compileall configparser contextlib copy
-    csv dataclasses difflib dis doctest enum filecmp fileinput fnmatch fractions ftplib functools
-    genericpath getopt getpass gettext glob graphlib gzip hashlib heapq hmac imaplib inspect io
-    ipaddress linecache locale logging/__init__ lzma mailbox mimetypes modulefinder netrc ntpath
-    numbers operator optparse os pdb pickle pickletools pkgutil platform plistlib poplib posixpath
-    pprint pstats py_compile pyclbr pydoc queue quopri random reprlib runpy sched secrets selectors
-    shelve shlex shutil smtplib socket socketserver ssl stat statistics subprocess symtable tabnanny
-    tarfile tempfile textwrap threading timeit tokenize trace traceback tracemalloc types typing
-    uuid warnings wave weakref webbrowser zipapp zipimport
+    abc base64 bdb bisect calendar cmd code codecs codeop compileall contextlib copy csv dis
+    filecmp fileinput fnmatch fractions ftplib functools genericpath getopt getpass gettext glob
+    graphlib gzip hashlib heapq hmac io linecache lzma mimetypes netrc ntpath numbers operator
+    os pkgutil platform plistlib poplib posixpath pprint pstats py_compile pyclbr queue quopri
+    random reprlib runpy sched selectors shelve shlex socket socketserver stat symtable tabnanny
+    tempfile textwrap timeit tokenize trace traceback tracemalloc types urllib/parse uuid
+    warnings wave weakref webbrowser zipapp zipimport
 """
-HELD_OUT = 12  # every so many modules, one is for validation
+HELD_OUT = 11  # every so many modules, one is for validation
 HELD_OUT_SHARE = 0.1  # of a single file: its end
 
 
