@@ -40,19 +40,25 @@ def sample(call: Callable[[], object], calls: int, device: str) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def alternate(benchmark, contenders: dict[str, Callable[[], object]], device: str) -> None:
+def alternate(
+    benchmark, contenders: dict[str, Callable[[], object]], device: str, rounds: int = ROUNDS
+) -> None:
     """Times the contenders in turn; leaves their quartiles in ms in extra_info."""
     calls = {}
     for name, call in contenders.items():
-        sample(call, 3, device)  # warm-up
-        calls[name] = max(1, round(SAMPLE_SECONDS / sample(call, 2, device)))
+        sample(call, 1, device)  # warm-up
+        first = sample(call, 1, device)
+        calls[name] = 1
+        if first < SAMPLE_SECONDS:
+            sample(call, 2, device)
+            calls[name] = max(1, round(SAMPLE_SECONDS / sample(call, 2, device)))
     times = {name: [] for name in contenders}
 
     def one_round() -> None:
         for name, call in contenders.items():
             times[name].append(1e3 * sample(call, calls[name], device))
 
-    benchmark.pedantic(one_round, rounds=ROUNDS)
+    benchmark.pedantic(one_round, rounds=rounds)
     benchmark.extra_info["quartiles_ms"] = {
         name: statistics.quantiles(values, n=4) for name, values in times.items()
     }

@@ -1,15 +1,28 @@
-"""The command line: bigkern info | train | evaluate | predict."""
+"""The command line: bigkern info | train | evaluate | predict | generate."""
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from bigkern import __version__
-from bigkern.train import cnn
-from bigkern.train.config import DATA_SETS, OPTIMIZERS, CnnConfig, TrainConfig, read_config
+from bigkern.models.attention import IMPLEMENTATIONS
+from bigkern.models.transformer import POSITIONS
+from bigkern.train import cnn, transformer
+from bigkern.train.config import (
+    DATA_SETS,
+    OBJECTIVES,
+    OPTIMIZERS,
+    SCHEDULES,
+    CnnConfig,
+    TrainConfig,
+    TransformerTrainConfig,
+    read_config,
+)
 from bigkern.train.errors import UserError
+from bigkern.train.generate import generate
 from bigkern.train.predict import evaluate, predict
 
 
@@ -38,45 +51,91 @@ def build_parser() -> argparse.ArgumentParser:
     tasks = commands.add_parser("train", help="train a reference model").add_subparsers(
         metavar="MODEL", required=True
     )
-    # Only the options that were given show up, so that --resume knows what is to change.
-    command = tasks.add_parser(
-        "cnn", help="a CNN on handwritten digits", argument_default=argparse.SUPPRESS
-    )
-    add_train_options(command)
-    add_cnn_options(command)
-    command.set_defaults(run=train_cnn)
+    for name, help, add_model_options, train in (
+        ("cnn", "a CNN on handwritten digits", add_cnn_options, train_cnn),
+        ("transformer", "a Transformer on text", add_transformer_options, train_transformer),
+    ):
+        # Only the options that were given show up, so that --resume knows what is to change.
+        command = tasks.add_parser(name, help=help, argument_default=argparse.SUPPRESS)
+        add_model_options(command)
+        command.set_defaults(run=train)
 
-    command = commands.add_parser("evaluate", help="accuracy and scores per class of a run")
-    command.add_argument("folder", type=Path, metavar="DIR", help="the run's --out")
-    command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    command = add_run_command(commands, "evaluate", "accuracy and scores per class of a CNN's run")
     command.add_argument("--data-dir", metavar="DIR", help="where its MNIST files are now")
     command.set_defaults(run=lambda args: evaluate(args.folder, args.device, args.data_dir))
 
-    command = commands.add_parser("predict", help="classify images with a run's model")
-    command.add_argument("folder", type=Path, metavar="DIR", help="the run's --out")
+    command = add_run_command(commands, "predict", "classify images with a CNN's run")
     command.add_argument("images", type=Path, metavar="IMAGE", help="an image, or a folder of them")
-    command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     command.add_argument(
         "--invert", action="store_true", help="the digits are dark on a light ground"
     )
     command.set_defaults(
         run=lambda args: predict(args.folder, args.images, args.invert, args.device)
     )
+
+    command = add_run_command(commands, "generate", "write text with a Transformer's run")
+    command.add_argument("--prompt", required=True, metavar="TEXT", help="what to go on with")
+    command.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="bytes to write (default: a full context)"
+    )
+    for name, type_, default, help in (
+        ("temperature", float, 0.8, "divides the logits; 0: always the likeliest byte"),
+        ("top-k", int, None, "draw among the K likeliest bytes only"),
+        ("top-p", float, None, "draw among the likeliest bytes of this probability only"),
+        ("seed", int, None, "write the same again"),
+    ):
+        shown = "" if default is None else f" (default: {default})"
+        command.add_argument(f"--{name}", type=type_, default=default, help=help + shown)
+    command.set_defaults(
+        run=lambda args: generate(
+            args.folder,
+            args.prompt,
+            args.max_new_tokens,
+            args.device,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            seed=args.seed,
+        )
+    )
     return parser
 
 
-def add_train_options(parser: argparse.ArgumentParser) -> None:
-    """The options of the training loop, and of the folder that a run is kept in."""
+def add_run_command(commands: Any, name: str, help: str) -> argparse.ArgumentParser:
+    """A command on the folder of a run."""
+    command = commands.add_parser(name, help=help)
+    command.add_argument("folder", type=Path, metavar="DIR", help="the run's --out")
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    return command
 
-    def add(name: str, help: str, **how: Any) -> None:
-        add_option(parser, TrainConfig, name, help, **how)
+
+def add_train_options(
+    parser: argparse.ArgumentParser, config: type[TrainConfig], contenders: str
+) -> Callable[..., None]:
+    """Add the options of the training loop, and of the folder that a run is kept in; return what
+    adds one more field of `config`."""
+
+    def add(name: str, help: str, flag: str | None = None, **how: Any) -> None:
+        """The option of the field `name` of `config`, with its default in the help."""
+        default = next(field.default for field in fields(config) if field.name == name)
+        shown = "" if default is None or default is False else f" (default: {default})"
+        flag = flag or f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, dest=name, help=help + shown, **how)
 
     add("epochs", "passes over the training set", type=int)
     add("batch_size", "examples per step, up to the full set", type=int)
+    add("accumulate", "parts of a batch, one after another through the model", type=int)
     add("optimizer", "Adam from bigkern or from torch, or torch's SGD", choices=OPTIMIZERS)
     add("lr", "learning rate", type=float)
+    add("warmup_steps", "steps over which the learning rate rises", type=int)
+    add("schedule", "of the learning rate; cosine: falls to a tenth", choices=SCHEDULES)
     add("momentum", "momentum of sgd", type=float)
-    add("weight_decay", "L2 penalty", type=float)
+    add("weight_decay", "L2 penalty, or decoupled", type=float)
+    add(
+        "decoupled_weight_decay",
+        "AdamW instead of Adam",
+        action=argparse.BooleanOptionalAction,
+    )
     add("max_grad_norm", "clip the global gradient norm to this", type=float)
     add("amp", "autocast and GradScaler", action=argparse.BooleanOptionalAction)
     add("seed", "decides initial parameters, order and augmentation", type=int)
@@ -98,30 +157,33 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="go on with the run in this folder, by its own options",
     )
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help=f"train with bigkern's {contenders} and with torch's, and show both side by side",
+    )
+    return add
 
 
 def add_cnn_options(parser: argparse.ArgumentParser) -> None:
-    def add(name: str, help: str, **how: Any) -> None:
-        add_option(parser, CnnConfig, name, help, **how)
-
+    add = add_train_options(parser, CnnConfig, "Adam")
     add("data", "data set", choices=DATA_SETS)
     add("data_dir", "folder of mnist's four IDX files", metavar="DIR")
     add("download", "fetch mnist into --data-dir first", action="store_true")
     add("augment", "shift and rotate the training images at random", action="store_true")
-    parser.add_argument(
-        "--compare",
-        action="store_true",
-        help="train with bigkern's Adam and with torch's, and show both side by side",
-    )
 
 
-def add_option(
-    parser: argparse.ArgumentParser, config: type[TrainConfig], name: str, help: str, **how: Any
-) -> None:
-    """Add the option of the field `name` of `config`, with its default in the help."""
-    default = next(field.default for field in fields(config) if field.name == name)
-    shown = "" if default is None or default is False else f" (default: {default})"
-    parser.add_argument(f"--{name.replace('_', '-')}", help=help + shown, **how)
+def add_transformer_options(parser: argparse.ArgumentParser) -> None:
+    add = add_train_options(parser, TransformerTrainConfig, "attention and Adam")
+    add("objective", "lm: predict text; classify: digits", flag="--task", choices=OBJECTIVES)
+    add("text", "learn this instead of Python's standard library", metavar="FILE")
+    add("context", "bytes that the model sees", type=int)
+    add("dim", "features of a byte", type=int)
+    add("num_heads", "heads of the attention", type=int)
+    add("num_blocks", "blocks of attention and feed-forward network", type=int)
+    add("dropout", "probability", type=float)
+    add("positions", "how positions are told apart", choices=POSITIONS)
+    add("attention", "from bigkern or from torch", choices=IMPLEMENTATIONS)
 
 
 def print_info(args: argparse.Namespace) -> None:
@@ -131,16 +193,35 @@ def print_info(args: argparse.Namespace) -> None:
 
 
 def train_cnn(args: argparse.Namespace) -> None:
-    names = {field.name for field in fields(CnnConfig)}
-    given = {name: value for name, value in vars(args).items() if name in names}
-    out, resume = getattr(args, "out", None), getattr(args, "resume", None)
+    train(args, "cnn", CnnConfig, cnn.run, cnn.compare)
+
+
+def train_transformer(args: argparse.Namespace) -> None:
+    make_config = TransformerTrainConfig.for_objective
+    train(args, "transformer", make_config, transformer.run, transformer.compare)
+
+
+def train(
+    args: argparse.Namespace,
+    task: str,
+    make_config: Callable[..., TrainConfig],
+    run: Callable,
+    compare: Callable,
+) -> None:
+    given = dict(vars(args))
+    del given["run"]
+    out, resume = given.pop("out", None), given.pop("resume", None)
     if not (out or resume) and "save_every" in given:
         raise UserError("--save-every needs --out")
-    if "compare" in args:
-        if resume or "optimizer" in given:
-            raise UserError("--compare can't be combined with --resume or --optimizer")
-        cnn.compare(CnnConfig(**given), out)
+    if given.pop("compare", False):
+        excluded = {
+            "--resume": resume,
+            **{f"--{k}": k in given for k in ("optimizer", "attention")},
+        }
+        if any(excluded.values()):
+            raise UserError(f"--compare can't be combined with {' or '.join(excluded)}")
+        compare(make_config(**given), out)
     elif resume:
-        cnn.run(read_config(resume, "cnn", CnnConfig, given), resume, resume=True)
+        run(read_config(resume, task, make_config, given), resume, resume=True)
     else:
-        cnn.run(CnnConfig(**given), out)
+        run(make_config(**given), out)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import bigkern
+from bigkern.train import checkpoint
 from bigkern.train.config import TrainConfig
 from bigkern.train.loop import Task
 
@@ -134,6 +135,16 @@ def parameters(model):
 def steps_logged(folder):
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["step"] for line in lines]
+
+
+def rewrite_checkpoint(source, folder, change):
+    """Put the checkpoint `source` into `folder` once more, its state changed by `change`."""
+    state = checkpoint.load_checkpoint(source)
+    change(state)
+    with checkpoint.atomic_file(folder / source.name) as file:
+        hashing = checkpoint._HashingFile(file)
+        torch.save(state, hashing)
+        file.write(checkpoint.SEAL + hashing.sha256.hexdigest().encode())
 
 
 def flip_a_bit(path):

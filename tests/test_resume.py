@@ -1,7 +1,9 @@
 """Runs that are stopped or killed, and their checkpoints."""
 
 import errno
+import importlib.util
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +13,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import SMALL, flip_a_bit, interrupt_at, parameters, small_task, steps_logged
+from helpers import (
+    SMALL,
+    flip_a_bit,
+    interrupt_at,
+    parameters,
+    rewrite_checkpoint,
+    small_task,
+    steps_logged,
+)
 from torch import nn
 
 from bigkern.cli import main
@@ -23,7 +33,7 @@ from bigkern.train.checkpoint import (
     load_checkpoint,
     load_latest,
 )
-from bigkern.train.config import OPTIMIZERS
+from bigkern.train.config import OPTIMIZERS, TrainConfig, read_config
 from bigkern.train.errors import UserError
 from bigkern.train.loop import train
 
@@ -85,7 +95,48 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew(tmp_path):
     assert steps_logged(tmp_path) == list(range(1, 10))
 
 
-CNN_OPTIONS = ["--batch-size", "256", "--epochs", "2", "--save-every", "2", "--device", "cpu"]
+def test_a_run_of_an_older_version_goes_on(tmp_path):
+    """One whose checkpoints and config know nothing of options that came later."""
+    new = {"accumulate", "warmup_steps", "schedule", "decoupled_weight_decay"}
+    old = tmp_path / "old"
+    with pytest.raises(KeyboardInterrupt):
+        train(interrupt_at(4), SMALL, tmp_path / "new")
+    old.mkdir()
+
+    def forget(state):
+        for options in state["identity"], state["config"]:
+            for name in new:
+                del options[name]
+
+    for path in list_checkpoints(tmp_path / "new"):
+        rewrite_checkpoint(path, old, forget)
+    config = json.loads((tmp_path / "new" / "config.json").read_text())
+    kept = {name: value for name, value in config.items() if name not in new}
+    (old / "config.json").write_text(json.dumps(kept))
+
+    config = read_config(old, "small", TrainConfig, {})
+    assert config == SMALL
+    rest = train(small_task(), config, old, resume=True)
+    assert torch.equal(parameters(rest.model), parameters(train(small_task(), SMALL).model))
+    with pytest.raises(UserError, match="no usable checkpoint"):
+        train(small_task(), replace(config, accumulate=2), old, resume=True)
+
+
+# 6 steps an epoch each.
+CNN = ["cnn", "--batch-size", "256", "--epochs", "2"]
+TRANSFORMER = [
+    "transformer",
+    "--batch-size",
+    "4",
+    "--context",
+    "24",
+    "--dim",
+    "16",
+    "--num-heads",
+    "2",
+    "--epochs",
+    "2",
+]
 # Runs the command line, but kills the process between writing checkpoint 8 and giving it its name.
 KILLED_WHILE_SAVING = """
 import os, signal, sys
@@ -100,17 +151,17 @@ cli.main(sys.argv[1:])
 """
 
 
-def test_killed_runs_go_on_bit_for_bit(tmp_path):
-    augment = []
-    try:
-        import torchvision  # noqa: F401
-
-        augment = ["--augment"]
-    except ImportError:
-        pass
+@pytest.mark.parametrize("model", [CNN, TRANSFORMER], ids=["cnn", "transformer"])
+def test_killed_runs_go_on_bit_for_bit(tmp_path, model):
+    options = ["--save-every", "2", "--device", "cpu"]
+    if model is TRANSFORMER:
+        (tmp_path / "text").write_text("a text that is long enough, if not more. " * 16)
+        options += ["--text", str(tmp_path / "text"), "--dropout", "0.1"]
+    elif importlib.util.find_spec("torchvision"):
+        options += ["--augment"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     python = [sys.executable, "-m", "bigkern"]
-    command = ["train", "cnn", *CNN_OPTIONS, *augment, "--out"]
+    command = ["train", *model, *options, "--out"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     quiet = {"stdout": subprocess.DEVNULL, "env": environment}
     assert main([*command, str(whole)]) == 0
@@ -123,7 +174,7 @@ def test_killed_runs_go_on_bit_for_bit(tmp_path):
         process.kill()
     assert process.returncode == -signal.SIGKILL
     # ... and one in the middle of saving.
-    resume = ["train", "cnn", "--resume", str(killed)]
+    resume = ["train", model[0], "--resume", str(killed)]
     died = subprocess.run([sys.executable, "-c", KILLED_WHILE_SAVING, *resume], **quiet)
     assert died.returncode == -signal.SIGKILL
     assert (killed / "checkpoint-00000008.pt.tmp").exists()

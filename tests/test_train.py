@@ -1,5 +1,6 @@
 """The training loop and the CNN's task."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -9,14 +10,17 @@ import torch
 from helpers import SMALL, parameters, small_task, steps_logged
 from torch import nn
 
+from bigkern.train import loop
 from bigkern.train.checkpoint import (
     list_checkpoints,
 )
-from bigkern.train.cnn import build_task, comparison, run
+from bigkern.train.cnn import build_task, run
+from bigkern.train.compare import comparison
 from bigkern.train.config import CnnConfig, TrainConfig
 from bigkern.train.data import load_digits
 from bigkern.train.errors import UserError
 from bigkern.train.loop import Task, epoch_order, train
+from bigkern.train.setup import learning_rate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -164,6 +168,53 @@ def test_forced_backend_trains_alike():
     assert forced.losses == train(small_task(), SMALL).losses
 
 
+# The learning rate, and parts of a batch
+
+
+def test_learning_rate_warms_up_and_falls_along_a_cosine():
+    config = TrainConfig(lr=0.5, warmup_steps=4, schedule="cosine")
+    rates = [learning_rate(config, step, 24) for step in range(24)]
+    assert rates[:5] == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5])
+    assert rates[14] == pytest.approx(0.275)  # half way from 0.5 to 0.05
+    assert rates[23] == pytest.approx(0.05, rel=0.06)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    constant = replace(config, schedule="constant")
+    assert [learning_rate(constant, step, 24) for step in (0, 3, 4, 23)] == [0.125, 0.5, 0.5, 0.5]
+    assert learning_rate(TrainConfig(lr=0.3), 0, 5) == 0.3
+    assert learning_rate(config, 0, 1) == 0.125
+
+
+def test_the_learning_rate_reaches_the_optimizer():
+    """Gradient descent with a gradient of 1 moves by the learning rates."""
+    task = replace(
+        small_task(),
+        build_model=lambda: nn.Linear(1, 1, bias=False).double(),
+        loss=lambda model, x, y: model.weight.sum(),
+    )
+    config = replace(SMALL, optimizer="sgd", amp=False, warmup_steps=3, schedule="cosine")
+    rates = [learning_rate(config, step, 9) for step in range(9)]
+    losses = train(task, config).losses
+    assert [a - b for a, b in itertools.pairwise(losses)] == pytest.approx(rates[:-1])
+
+
+@pytest.mark.parametrize("optimizer", ["bigkern", "torch"])
+def test_decoupled_weight_decay_is_adamw(optimizer):
+    config = replace(SMALL, optimizer=optimizer, weight_decay=0.1, amp=False)
+    model = train(small_task(), replace(config, decoupled_weight_decay=True)).model
+    real = loop.build_optimizer
+
+    def adamw(config, model, device):
+        _, scaler = real(config, model, device)
+        return torch.optim.AdamW(model.parameters(), config.lr, weight_decay=0.1), scaler
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "build_optimizer", adamw)
+        expected = train(small_task(), config).model
+    torch.testing.assert_close(parameters(model), parameters(expected))
+    other = train(small_task(), config).model
+    assert not torch.allclose(parameters(model), parameters(other))
+
+
 # The CNN
 
 
@@ -178,7 +229,7 @@ def test_default_run_learns_the_digits(digits_run):
     assert len(digits_run.losses) == 230
     assert digits_run.losses[0] == pytest.approx(math.log(10), abs=0.1)
     assert digits_run.ms_per_step > 0
-    assert digits_run.images_per_second == pytest.approx(64e3 / digits_run.ms_per_step)
+    assert digits_run.per_second == pytest.approx(64e3 / digits_run.ms_per_step)
     assert 50 < digits_run.peak_memory_mib < 20_000
 
 

@@ -14,7 +14,9 @@ class KVCache:
         keys: [B, Hkv, capacity, E].
         values: [B, Hkv, capacity, Ev].
         lengths: int32 [B], the number of tokens of each sequence. What lies beyond is undefined.
-            All three are to be read only.
+        longest: the largest of `lengths`, and
+        all_equal: whether they are the same: on the host, so that a step doesn't wait for the
+            device. All five are to be read only.
 
     Args:
         batch_size, num_heads, capacity, head_dim: B, Hkv, capacity and E, at least 1 each. With
@@ -44,9 +46,8 @@ class KVCache:
         self.keys = torch.empty(sizes[:4], dtype=dtype, device=device)
         self.values = torch.empty(*sizes[:3], value_dim, dtype=dtype, device=device)
         self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
-        # On the host, so that a step doesn't wait for the device.
-        self._longest = 0
-        self._all_equal = True
+        self.longest = 0
+        self.all_equal = True
 
     @property
     def capacity(self) -> int:
@@ -72,7 +73,7 @@ class KVCache:
         L = k_new.size(2) if k_new.dim() == 4 else "L"
         self._check("k_new", k_new, [B, H, L, E])
         self._check("v_new", v_new, [B, H, L, self.values.size(3)])
-        longest, all_equal = self._longest + L, self._all_equal
+        longest, all_equal = self.longest + L, self.all_equal
         if lengths is not None:
             self._check_integers("lengths", lengths)
             added = lengths.tolist()
@@ -87,7 +88,7 @@ class KVCache:
         for buffer, new in ((self.keys, k_new), (self.values, v_new)):
             self._write(buffer, new, lengths)
         self.lengths += L if lengths is None else lengths
-        self._longest, self._all_equal = longest, all_equal
+        self.longest, self.all_equal = longest, all_equal
 
     def _check(self, name: str, x: Tensor, shape: list) -> None:
         if list(x.shape) != shape:
@@ -112,10 +113,10 @@ class KVCache:
 
     def _write(self, buffer: Tensor, new: Tensor, lengths: Tensor | None) -> None:
         B, _, L, _ = new.shape
-        if self._all_equal:
+        if self.all_equal:
             # With the tokens that don't count: they lie beyond the lengths, if there is room.
-            L = min(L, self.capacity - self._longest)
-            buffer.narrow(2, self._longest, L).copy_(new.narrow(2, 0, L))
+            L = min(L, self.capacity - self.longest)
+            buffer.narrow(2, self.longest, L).copy_(new.narrow(2, 0, L))
             return
         batch = torch.arange(B, device=new.device).unsqueeze(1)  # [B, 1]
         token = torch.arange(L, device=new.device)
@@ -132,17 +133,17 @@ class KVCache:
         """
         self._check_integers("indices", indices)
         for buffer in (self.keys, self.values):
-            used = buffer.narrow(2, 0, self._longest)
+            used = buffer.narrow(2, 0, self.longest)
             used.copy_(used[indices])
         self.lengths.copy_(self.lengths[indices])
-        if not self._all_equal:
+        if not self.all_equal:
             shortest, longest = (int(n) for n in self.lengths.aminmax())
-            self._longest, self._all_equal = longest, shortest == longest
+            self.longest, self.all_equal = longest, shortest == longest
 
     def reset(self) -> None:
         """Forgets all tokens."""
         self.lengths.zero_()
-        self._longest, self._all_equal = 0, True
+        self.longest, self.all_equal = 0, True
 
 
 def attention_with_cache(

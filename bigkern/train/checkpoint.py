@@ -11,7 +11,7 @@ import os
 import pickle
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -159,7 +159,9 @@ def restore(folder: Path, run: RunState) -> int:
     """
 
     def use(path: Path, state: dict[str, Any]) -> int:
-        found = state["identity"]
+        # An option that the run's version of bigkern didn't have yet stands at its default.
+        defaults = {field.name: field.default for field in fields(run.config)}
+        found = {**defaults, **state["identity"]}
         for name, value in run.identity.items():
             if found.get(name) != value:
                 raise CheckpointError(

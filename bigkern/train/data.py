@@ -15,11 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigkern.train.config import CnnConfig
+from bigkern.train.config import IMAGE_SIZE, NUM_CLASSES, CnnConfig
 from bigkern.train.errors import UserError, require
 
-IMAGE_SIZE = 28
-NUM_CLASSES = 10
 IDX_DIMENSIONS = {
     "train-images-idx3-ubyte": 3,
     "train-labels-idx1-ubyte": 1,

@@ -18,7 +18,7 @@ from bigkern.train.config import TrainConfig
 from bigkern.train.console import interrupt_flag, progress
 from bigkern.train.errors import UserError
 from bigkern.train.metrics import MetricsLog, peak_memory_mib
-from bigkern.train.setup import build_optimizer, forced_backend, pick_device
+from bigkern.train.setup import build_optimizer, forced_backend, learning_rate, pick_device
 
 AMP_DTYPE = {"cpu": torch.bfloat16, "cuda": torch.float16}
 
@@ -32,7 +32,7 @@ class Task:
     num_examples: int
     build_model: Callable[[], nn.Module]
     batch: Callable[[Tensor], tuple[Tensor, ...]]  # indices [B] int64 -> tensors on the CPU
-    loss: Callable[..., Tensor]  # (model, *batch) -> mean loss, scalar
+    loss: Callable[..., Tensor]  # (model, *batch) -> mean loss of the examples, scalar
     evaluate: Callable[[nn.Module], dict[str, float]]  # scores to log after each epoch
 
 
@@ -91,6 +91,8 @@ def train(
                 order = epoch_order(task.num_examples, config.seed, epoch)  # [num_examples]
             indices = order[i * config.batch_size : (i + 1) * config.batch_size]  # [B]
             batch = [tensor.to(device) for tensor in task.batch(indices)]
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step, total_steps)
             unread.append(train_step(task, config, batch, **run.parts))
             advance()
             prints = i % config.log_every == 0
@@ -139,17 +141,42 @@ def train_step(
     scaler: torch.amp.GradScaler,
 ) -> Tensor:
     """One step on `batch`, on the model's device; returns the loss, a scalar on that device."""
-    device = batch[0].device.type
-    with torch.autocast(device, AMP_DTYPE[device], enabled=config.amp):
-        loss = task.loss(model, *batch)
-    scaler.scale(loss).backward()
+    loss = compute_gradients(task, config, batch, model, scaler)
+    update_parameters(config, model, optimizer, scaler)
+    optimizer.zero_grad()
+    return loss
+
+
+def compute_gradients(
+    task: Task,
+    config: TrainConfig,
+    batch: list[Tensor],
+    model: nn.Module,
+    scaler: torch.amp.GradScaler,
+) -> Tensor:
+    """Add the gradients of the mean loss on `batch`, scaled, to the parameters' .grad."""
+    device, size = batch[0].device.type, len(batch[0])
+    losses = []
+    for part in zip(*(x.chunk(config.accumulate) for x in batch), strict=True):
+        with torch.autocast(device, AMP_DTYPE[device], enabled=config.amp):
+            loss = task.loss(model, *part) * (len(part[0]) / size)
+        scaler.scale(loss).backward()
+        losses.append(loss.detach())
+    return sum(losses[1:], losses[0])
+
+
+def update_parameters(
+    config: TrainConfig,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> None:
+    """Unscale, clip and step, by the parameters' .grad."""
     if config.max_grad_norm is not None and config.optimizer != "bigkern":
         scaler.unscale_(optimizer)  # bigkern's clips inside its kernel
         nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
     scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad()
-    return loss.detach()
 
 
 def epoch_order(num_examples: int, seed: int, epoch: int) -> Tensor:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from bigkern.models import SimpleCNN
 from bigkern.train.checkpoint import CheckpointError, load_latest
-from bigkern.train.cnn import classify, report
 from bigkern.train.config import CnnConfig
 from bigkern.train.data import load_data, resize
 from bigkern.train.errors import UserError, require
+from bigkern.train.images import classify, report
 from bigkern.train.setup import pick_device
 
 

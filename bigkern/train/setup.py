@@ -1,6 +1,7 @@
 """From the options' names to devices, optimizers and backends."""
 
 import contextlib
+import math
 from contextlib import AbstractContextManager
 
 import torch
@@ -30,18 +31,29 @@ def build_optimizer(
     config: TrainConfig, model: nn.Module, device: torch.device
 ) -> tuple[torch.optim.Optimizer, torch.amp.GradScaler]:
     """The optimizer that `config` names and its GradScaler, which is idle without amp."""
-    params, lr, weight_decay = model.parameters(), config.lr, config.weight_decay
+    params, lr = model.parameters(), config.lr
+    decay = {"weight_decay": config.weight_decay}
+    if config.optimizer != "sgd":
+        decay["decoupled_weight_decay"] = config.decoupled_weight_decay
     scaler_class = torch.amp.GradScaler
     if config.optimizer == "bigkern":
-        optimizer = optim.Adam(
-            params, lr, weight_decay=weight_decay, max_grad_norm=config.max_grad_norm
-        )
+        optimizer = optim.Adam(params, lr, max_grad_norm=config.max_grad_norm, **decay)
         scaler_class = amp.GradScaler
     elif config.optimizer == "torch":
-        optimizer = torch.optim.Adam(params, lr, weight_decay=weight_decay, fused=True)
+        optimizer = torch.optim.Adam(params, lr, fused=True, **decay)
     else:
-        optimizer = torch.optim.SGD(params, lr, config.momentum, weight_decay=weight_decay)
+        optimizer = torch.optim.SGD(params, lr, config.momentum, **decay)
     return optimizer, scaler_class(device.type, enabled=config.amp)
+
+
+def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
+    """That of `step`, counted from 0."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)  # in [0, 1)
+    return config.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2)
 
 
 def forced_backend(name: str | None) -> AbstractContextManager[None]:

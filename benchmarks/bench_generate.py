@@ -1,0 +1,59 @@
+"""Generation: 256 tokens from a prompt of 512 by the Transformer of 6 blocks with 8 heads of 64,
+with bigkern's attention to the key-value cache and with torch's SDPA to the same cache.
+
+python benchmarks/bench_generate.py [--device cuda] [--save]
+"""
+
+import sys
+
+import pytest
+import torch
+from common import alternate, main
+
+from bigkern import backends
+from bigkern.models import Transformer, TransformerConfig
+
+PROMPT, NEW = 512, 256
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_generate(benchmark, device, batch_size, dtype):
+    if device not in backends.table()["attention"]["native"]:
+        pytest.skip(f"attention has no kernels for {device}")
+    prompt = torch.randint(256, (batch_size, PROMPT))
+    contenders = {}
+    for name in ("bigkern", "torch"):
+        torch.manual_seed(0)
+        model = Transformer(TransformerConfig(attention=name)).to(device, DTYPES[dtype])
+        contenders[name] = lambda model=model: model.generate(prompt, NEW, temperature=0)
+    alternate(benchmark, contenders, device, rounds=5)
+    benchmark.extra_info |= {"batch_size": batch_size, "dtype": dtype}
+
+
+def tables(benchmarks, device):
+    lines = [
+        f"{NEW} tokens from a prompt of {PROMPT}\n",
+        "| dtype | sequences | | s (quartiles) | tokens/s | torch / this |",
+        "|---|---|---|---|---|---|",
+    ]
+    for benchmark in benchmarks:
+        info = benchmark["extra_info"]
+        torch_ms = info["quartiles_ms"]["torch"][1]
+        for name, quartiles in info["quartiles_ms"].items():
+            low, median, high = (x / 1e3 for x in quartiles)
+            cells = (
+                info["dtype"],
+                str(info["batch_size"]),
+                name,
+                f"{median:.2f} ({low:.2f}..{high:.2f})",
+                f"{info['batch_size'] * NEW / median:,.0f}",
+                f"{torch_ms / 1e3 / median:.2f}",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(__file__, tables))
