@@ -96,9 +96,7 @@ def test_train_transformer(benchmark, device, size, amp):
     if device not in backends.table()["attention"]["native"]:
         pytest.skip(f"attention has no kernels for {device}")
     if amp and device == "cpu" and not torch.ops.bigkern.best_cpu_isa().startswith("avx512"):
-        pytest.skip(
-            "without AVX-512 torch takes a minute for a step in bfloat16"
-        )
+        pytest.skip("without AVX-512 torch takes a minute for a step in bfloat16")
     text = load_text(None, SIZES[size].get("context", 256))
     contenders = {}
     for name in ("bigkern", "torch"):
