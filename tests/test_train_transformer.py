@@ -178,7 +178,7 @@ def test_a_run_reports_what_it_is_judged_by(finished, text_file, tmp_path, capsy
     assert main([*QUICK, "--text", text_file, "--out", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
     assert re.search(r"Text: [\d,]+ bytes to train on, [\d,]+ held out", out)
-    assert "Epoch [1/1], Step [1/" in out
+    assert "Epoch [1/2], Step [1/" in out
     assert re.search(r"Validation loss: \d\.\d{4}, \d\.\d{4} bits per byte", out)
     assert re.search(r"Time per step: .* ms, [\d,]+ tokens per second", out)
     assert "Peak memory: " in out

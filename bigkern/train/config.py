@@ -171,8 +171,9 @@ class TransformerTrainConfig(TrainConfig):
 
 # Where classifying differs from the language model.
 CLASSIFY = {
-    "epochs": 10,
+    "epochs": 15,
     "batch_size": 32,
+    "lr": 1e-3,
     "context": IMAGE_SIZE,
     "dim": 128,
     "num_heads": 4,
