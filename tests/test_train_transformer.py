@@ -31,7 +31,7 @@ SMALL = TransformerTrainConfig(
 STEPS = 8  # an epoch
 TRAIN = ["train", "transformer", "--device", "cpu"]
 QUICK = [*TRAIN, "--context", "24", "--dim", "32", "--num-heads", "2", "--num-blocks", "2"]
-QUICK += ["--epochs", "1", "--batch-size", "16", "--warmup-steps", "2", "--lr", "0.01"]
+QUICK += ["--batch-size", "16", "--warmup-steps", "2", "--lr", "0.01"]
 
 
 @pytest.fixture(scope="module")
