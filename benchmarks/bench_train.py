@@ -107,7 +107,7 @@ def test_train_transformer(benchmark, device, size, amp):
             contender = Contender(config, text_task(config, text), device, compiled)
             contenders[f"{name}, compiled" if compiled else name] = contender
     steps = {name: contender.step for name, contender in contenders.items()}
-    alternate(benchmark, steps, device, rounds=7)
+    alternate(benchmark, steps, device, rounds=5)
     benchmark.extra_info |= {
         "set": f"Transformer, {size}, {'autocast' if amp else 'float32'}",
         "tokens": config.batch_size * config.context,
