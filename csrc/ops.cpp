@@ -43,6 +43,23 @@ STABLE_TORCH_LIBRARY(bigkern, m) {
   m.def("attention_weights(Tensor query, Tensor key, Tensor row_max, Tensor row_sum, " ATTENTION_OPTIONS
         ", bool average_heads=False) -> Tensor");
 
+  // a [M, K] or [B, M, K], b [K, N] or [B, K, N], int8, to int32.
+  m.def("int8_mm(Tensor a, Tensor b) -> Tensor");
+  // To int8 and the scale of each row, float32. static_scale has one element, or one for each row.
+  m.def("quantize_rows(Tensor x, Tensor? static_scale=None) -> (Tensor values, Tensor scale)");
+  // weight_q [N, K] in the order that int8_linear reads: of one dimension, which tells it from the plain one.
+  m.def("pack_weight(Tensor weight_q) -> Tensor");
+  m.def("unpack_weight(Tensor packed, SymInt N, SymInt K) -> Tensor");
+  // x [..., K], weight_q [N, K] or packed, weight_scale [N], bias [N]; x_scale as static_scale above. activation: relu,
+  // gelu, gelu_tanh or silu.
+  m.def(
+      "int8_linear(Tensor x, Tensor weight_q, Tensor weight_scale, Tensor? bias=None, Tensor? x_scale=None, *, "
+      "str? activation=None, ScalarType? out_dtype=None) -> Tensor");
+  // weight_scale [N], or with a group_size [N, ceil(K / group_size)].
+  m.def(
+      "weight_only_linear(Tensor x, Tensor weight_q, Tensor weight_scale, Tensor? bias=None, *, int group_size=0) -> "
+      "Tensor");
+
   // What `bigkern info` asks the compiled libraries.
   m.def("cpu_isa() -> str");
   m.def("best_cpu_isa() -> str");
