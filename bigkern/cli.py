@@ -8,7 +8,14 @@ from typing import Any
 
 from bigkern import __version__
 from bigkern.train import cnn
-from bigkern.train.config import DATA_SETS, OPTIMIZERS, CnnConfig, TrainConfig, read_config
+from bigkern.train.config import (
+    DATA_SETS,
+    LINEAR_LAYERS,
+    OPTIMIZERS,
+    CnnConfig,
+    TrainConfig,
+    read_config,
+)
 from bigkern.train.errors import UserError
 from bigkern.train.predict import evaluate, predict
 
@@ -108,6 +115,7 @@ def add_cnn_options(parser: argparse.ArgumentParser) -> None:
     add("data_dir", "folder of mnist's four IDX files", metavar="DIR")
     add("download", "fetch mnist into --data-dir first", action="store_true")
     add("augment", "shift and rotate the training images at random", action="store_true")
+    add("linear", "int8: INT8 products, forward and backward", choices=LINEAR_LAYERS)
     parser.add_argument(
         "--compare",
         action="store_true",

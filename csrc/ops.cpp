@@ -47,6 +47,8 @@ STABLE_TORCH_LIBRARY(bigkern, m) {
   m.def("int8_mm(Tensor a, Tensor b) -> Tensor");
   // To int8 and the scale of each row, float32. static_scale has one element, or one for each row.
   m.def("quantize_rows(Tensor x, Tensor? static_scale=None) -> (Tensor values, Tensor scale)");
+  // The same of x * factor, [K] over the columns, rounded at random by philox, (seed, offset), but right on average.
+  m.def("quantize_rows_stochastic(Tensor x, Tensor philox, Tensor? factor=None) -> (Tensor values, Tensor scale)");
   // weight_q [N, K] in the order that int8_linear reads: of one dimension, which tells it from the plain one.
   m.def("pack_weight(Tensor weight_q) -> Tensor");
   m.def("unpack_weight(Tensor packed, SymInt N, SymInt K) -> Tensor");

@@ -11,7 +11,7 @@ import os
 import pickle
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -159,7 +159,8 @@ def restore(folder: Path, run: RunState) -> int:
     """
 
     def use(path: Path, state: dict[str, Any]) -> int:
-        found = state["identity"]
+        # A run that was saved before an option existed has its default.
+        found = {field.name: field.default for field in fields(run.config)} | state["identity"]
         for name, value in run.identity.items():
             if found.get(name) != value:
                 raise CheckpointError(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigkern.models import SimpleCNN
+from bigkern.nn import Int8TrainingLinear
 from bigkern.train.checkpoint import write_json
 from bigkern.train.config import CnnConfig
 from bigkern.train.data import ImageData, augmentation, load_data, normalize
@@ -29,6 +30,10 @@ class Summary:
     peak_memory_mib: float
     train_accuracy: float
     test_accuracy: float
+
+
+def build_model(config: CnnConfig) -> SimpleCNN:
+    return SimpleCNN(Int8TrainingLinear if config.linear == "int8" else nn.Linear)
 
 
 def build_task(config: CnnConfig, data: ImageData) -> Task:
@@ -55,7 +60,7 @@ def build_task(config: CnnConfig, data: ImageData) -> Task:
             "train_images": len(data.train),
         },
         num_examples=len(data.train),
-        build_model=SimpleCNN,
+        build_model=lambda: build_model(config),
         batch=batch,
         loss=loss,
         evaluate=evaluate,

@@ -11,6 +11,7 @@ from bigkern.train.errors import UserError
 
 OPTIMIZERS = ("bigkern", "torch", "sgd")
 DATA_SETS = ("digits", "mnist")
+LINEAR_LAYERS = ("float", "int8")
 
 
 @dataclass
@@ -66,12 +67,15 @@ class CnnConfig(TrainConfig):
     data_dir: str | None = None  # mnist only: where the IDX files are
     download: bool = False  # mnist only: fetch them into data_dir first
     augment: bool = False  # random shift and rotation of the training images
+    linear: str = "float"  # torch.nn.Linear; int8: bigkern.nn.Int8TrainingLinear
 
     RESUMABLE = TrainConfig.RESUMABLE | {"data_dir", "download"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check(self, "data", self.data in DATA_SETS, f"one of {', '.join(DATA_SETS)}")
+        rule = f"one of {', '.join(LINEAR_LAYERS)}"
+        _check(self, "linear", self.linear in LINEAR_LAYERS, rule)
         if self.data == "mnist" and self.data_dir is None:
             raise UserError("data mnist needs data_dir, the folder of its IDX files")
         if self.data == "digits" and (self.data_dir is not None or self.download):
