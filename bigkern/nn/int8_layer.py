@@ -78,6 +78,11 @@ class Int8Layer(nn.Module):
         yield
         self._pack()
 
+    def _check_device(self, x: Tensor) -> None:
+        device = self.weight_scale.device
+        if x.device != device:
+            raise ValueError(f"x must be on {device}, like the weight, got {x.device}")
+
     def _apply(self, fn, recurse=True):
         with self._unpacked():
             before = self._buffers.copy()

@@ -171,6 +171,7 @@ class Int8Linear(Int8Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., out_features] in x's dtype for x [..., in_features]: float32, bfloat16, float16."""
+        self._check_device(x)
         dtype, columns = output_dtype(x), self.outlier_columns
         if self.mode == "weight_only":
             y = weight_only_linear(
