@@ -8,8 +8,9 @@ from bigkern.ops.reference_int8 import dequantize
 
 
 def packed_size(N: int, K: int) -> int:
-    """Bytes of a packed weight: a header and panels of 16 rows, of K in groups of 4."""
-    return 64 + (N + 15) // 16 * 16 * ((K + 3) // 4 * 4)
+    """Bytes of a packed weight, see csrc/int8_mm.h."""
+    panels, blocks, groups = (N + 15) // 16, (K + 511) // 512, (K + 3) // 4
+    return 64 + 64 * panels * (blocks + groups)
 
 
 def _fake_quantize_rows(x, static_scale=None):

@@ -1,0 +1,215 @@
+// Products of int8 matrices on the CPU: packing, and how they are cut into units.
+#include "int8_gemm.h"
+
+#include "int8_dot.h"
+#include "rounding.h"
+#include "units.h"
+#include "workspace.h"
+
+namespace bigkern {
+
+constexpr int64_t kTilePanels = kTileCols / kPanelCols;
+
+// Some rows of A by kBlockDepth of its columns, and the panels that they meet.
+struct Int8Block {
+  int64_t depth, num_rows;
+  const char* left;  // [num_rows, left_row bytes]
+  int64_t left_row;
+  const int32_t* row_begin;  // [num_rows], what the sums begin with; nullptr: with those in the tile
+  int num_panels;
+  const char* panels[kTilePanels];
+  char* wide;  // room for kTilePanels of the block in int16
+};
+
+using Int8Multiply = void (*)(const Int8Block&, int32_t* tile);
+
+}  // namespace bigkern
+
+#define BK_KERNELS "int8_gemm_kernels.h"
+#include "each_isa.h"
+
+namespace bigkern {
+
+namespace {
+
+struct Int8Kernels {
+  LeftFormat left;
+  int rows;  // of the micro-kernel
+  Int8Multiply multiply;
+};
+
+template <class D>
+Int8Kernels kernels_of(Int8Multiply multiply) {
+  return {D::kLeft, D::kRows, multiply};
+}
+
+Int8Kernels choose_kernels() {
+  if (isa() >= Isa::kAvx512Vnni) return kernels_of<avx512::Int8Vnni>(&avx512::int8_multiply<avx512::Int8Vnni>);
+  return select(kernels_of<scalar::Int8Dot>(&scalar::int8_multiply<scalar::Int8Dot>),
+                kernels_of<avx2::Int8Dot>(&avx2::int8_multiply<avx2::Int8Dot>),
+                kernels_of<avx512::Int8Dot>(&avx512::int8_multiply<avx512::Int8Dot>));
+}
+
+// A unit's rows of A and its tile of sums fit the L2 cache, 196 KiB and 48 KiB.
+constexpr int64_t kMostRows = 192, kLeastRows = 24;
+constexpr int64_t kUnitsPerThread = 4, kRowsAtOnce = 8;
+constexpr int64_t kLeftBytes = 16 << 20;  // rows of A that are packed at a time
+
+// A unit, and where its rows are in the packed ones.
+struct Int8Task {
+  Int8Unit unit;
+  int64_t first_row;
+};
+
+struct Range {
+  int64_t begin, end;
+};
+
+std::vector<Range> ranges(int64_t n, int64_t step) {
+  std::vector<Range> result;
+  for (int64_t i = 0; i < n; i += step) result.push_back({i, std::min(n, i + step)});
+  return result;
+}
+
+class Int8Driver {
+ public:
+  explicit Int8Driver(const Int8Gemm& gemm)
+      : gemm_(gemm),
+        shape_{gemm.depth, gemm.cols},
+        kernels_(choose_kernels()),
+        // Rows are an odd number of cache lines apart, so that a column of them uses all sets of the caches.
+        left_row_((ceil_div(shape_.num_groups() * left_group_bytes(kernels_.left), 64) | 1) * 64) {
+    if (gemm.batch * gemm.rows == 0 || gemm.cols == 0) return;
+    // More units than threads share the work better, but B may be read by several of them only if it is packed.
+    const int64_t wanted = kUnitsPerThread * torch::stable::get_num_threads();
+    const int64_t splits = gemm.panels == nullptr ? 1 : ceil_div(wanted, gemm.batch * ceil_div(gemm.cols, kTileCols));
+    const int64_t num_blocks = std::max(ceil_div(gemm.rows, kMostRows), std::min(splits, gemm.rows / kLeastRows));
+    rows_of_unit_ = num_blocks < 2 ? gemm.rows : round_up(ceil_div(gemm.rows, num_blocks), kernels_.rows);
+    packs_panels_ = gemm.panels == nullptr && rows_of_unit_ < gemm.rows;
+
+    const int64_t most_rows = std::max(kLeftBytes / left_row_ / rows_of_unit_, int64_t{1}) * rows_of_unit_;
+    for (int64_t b = 0; b < gemm.batch; ++b) {
+      for (const Range& rows : ranges(gemm.rows, most_rows)) {
+        // Small entries of a batch together.
+        if (packs_panels_ || num_rows_ + rows.end - rows.begin > most_rows) multiply();
+        add(b, rows);
+      }
+    }
+    multiply();
+  }
+
+ private:
+  void add(int64_t b, const Range& rows) {
+    for (int64_t i = rows.begin; i < rows.end; i += rows_of_unit_) {
+      const int64_t n = std::min(rows_of_unit_, rows.end - i);
+      for (const Range& cols : ranges(gemm_.cols, kTileCols)) {
+        tasks_.push_back({{b, i, n, cols.begin, cols.end - cols.begin}, num_rows_});
+      }
+      num_rows_ += n;
+    }
+  }
+
+  // All that were added.
+  void multiply() {
+    if (num_rows_ == 0) return;
+    Workspace& workspace = Workspace::of_this_call();
+    char* const left = workspace.take<char>(num_rows_ * left_row_);  // [num_rows_, left_row_ bytes]
+    int32_t* const row_begin = workspace.take<int32_t>(num_rows_);   // [num_rows_]
+    pack_rows(left, row_begin);
+    const char* panels = gemm_.panels;
+    if (packs_panels_) {
+      char* const packed = workspace.take<char>(shape_.bytes());
+      pack_panels(gemm_.plain(tasks_[0].unit.b), shape_, packed);
+      panels = packed;
+    }
+    run_units(tasks_, work_of(num_rows_), [&](const Int8Task& task) {
+      run(task.unit, left + task.first_row * left_row_, row_begin + task.first_row, panels);
+    });
+    tasks_.clear();
+    num_rows_ = 0;
+  }
+
+  double work_of(double rows) const { return rows * gemm_.depth * gemm_.cols; }
+
+  void pack_rows(char* left, int32_t* row_begin) const {
+    // The rows of the tasks of the first columns are all rows.
+    std::vector<Int8Task> parts;
+    for (const Int8Task& task : tasks_) {
+      if (task.unit.j_begin > 0) continue;
+      for (const Range& r : ranges(task.unit.num_rows, kRowsAtOnce)) {
+        parts.push_back({{task.unit.b, task.unit.i_begin + r.begin, r.end - r.begin, 0, 0}, task.first_row + r.begin});
+      }
+    }
+    constexpr double kWorkOfElement = 16;
+    run_units(parts, kWorkOfElement * num_rows_ * gemm_.depth, [&](const Int8Task& part) {
+      int8_t* const scratch = Workspace::of_this_thread().take<int8_t>(gemm_.depth);
+      for (int64_t i = 0; i < part.unit.num_rows; ++i) {
+        const Int8Row row = gemm_.row_of(part.unit.b, part.unit.i_begin + i, scratch);
+        char* const to = left + (part.first_row + i) * left_row_;
+        row_begin[part.first_row + i] = pack_left(kernels_.left, row.data, row.stride, gemm_.depth, to);
+      }
+    });
+  }
+
+  void run(const Int8Unit& unit, const char* left, const int32_t* row_begin, const char* panels) const {
+    constexpr int64_t kBlockBytes = kBlockHeader + kBlockDepth / kGroupDepth * kGroupBytes;
+    Workspace& workspace = Workspace::of_this_thread();
+    int32_t* const tile = workspace.take<int32_t>(unit.num_rows * kTileCols);  // [num_rows, kTileCols]
+    char* const wide = workspace.take<char>(2 * kTilePanels * kBlockBytes);
+    char* const packed = workspace.take<char>(kTilePanels * kBlockBytes);
+    if (gemm_.depth == 0) std::fill_n(tile, unit.num_rows * kTileCols, 0);
+
+    for (int64_t q = 0; q < shape_.num_blocks(); ++q) {
+      Int8Block block{};
+      block.depth = shape_.block_depth(q);
+      block.num_rows = unit.num_rows;
+      block.left = left + q * kBlockDepth / kGroupDepth * left_group_bytes(kernels_.left);
+      block.left_row = left_row_;
+      block.row_begin = q == 0 ? row_begin : nullptr;
+      block.num_panels = ceil_div(unit.num_cols, kPanelCols);
+      block.wide = wide;
+      for (int p = 0; p < block.num_panels; ++p) {
+        const int64_t j = unit.j_begin + p * kPanelCols;
+        if (panels != nullptr) {
+          block.panels[p] = panels + j / kPanelCols * shape_.panel_bytes() + PackedShape::block_begin(q);
+        } else {
+          Int8Matrix b = gemm_.plain(unit.b);
+          b.data = b.at(q * kBlockDepth, j);
+          pack_block(b, block.depth, std::min(kPanelCols, gemm_.cols - j), packed + p * kBlockBytes);
+          block.panels[p] = packed + p * kBlockBytes;
+        }
+      }
+      kernels_.multiply(block, tile);
+    }
+    gemm_.finish(unit, tile);
+  }
+
+  const Int8Gemm& gemm_;
+  const PackedShape shape_;
+  const Int8Kernels kernels_;
+  const int64_t left_row_;
+  int64_t rows_of_unit_ = 0;
+  bool packs_panels_ = false;
+  std::vector<Int8Task> tasks_;
+  int64_t num_rows_ = 0;  // of tasks_
+};
+
+}  // namespace
+
+void int8_gemm(const Int8Gemm& gemm) { Int8Driver{gemm}; }
+
+void pack_panels(const Int8Matrix& b, PackedShape shape, char* panels) {
+  const double work = 16.0 * shape.depth * shape.cols;
+  run_units(ranges(shape.num_panels(), 4), work, [&](const Range& range) {
+    for (int64_t q = 0; q < shape.num_blocks(); ++q) {
+      for (int64_t p = range.begin; p < range.end; ++p) {
+        Int8Matrix block = b;
+        block.data = b.at(q * kBlockDepth, p * kPanelCols);
+        pack_block(block, shape.block_depth(q), std::min(kPanelCols, shape.cols - p * kPanelCols),
+                   panels + p * shape.panel_bytes() + PackedShape::block_begin(q));
+      }
+    }
+  });
+}
+
+}  // namespace bigkern

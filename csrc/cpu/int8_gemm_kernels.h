@@ -1,0 +1,119 @@
+// The product of a unit, for one instruction set; included by each_isa.h. D is one of int8_dot.h.
+
+// C [M, N registers] of one block, from `row_begin` [M] on, or where that is nullptr from what the tile has. A register
+// j of B begins at b[j]; a group is followed by the next after b_step bytes.
+template <class D, int M, int N, bool kWide>
+BK_TARGET void int8_micro(int64_t groups, const char* a, int64_t a_row, const char* const* b_begin, int64_t b_step,
+                          const int32_t* const* col_begin, const int32_t* row_begin, int32_t* tile) {
+  typename D::Reg sum[M][N];
+#pragma GCC unroll 6
+  for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) {
+      sum[i][j] = row_begin != nullptr ? D::set(row_begin[i]) : D::load(tile + i * kTileCols + j * D::kCols);
+      if constexpr (D::kLeft == LeftFormat::kPairSums) sum[i][j] = D::add(sum[i][j], D::load(col_begin[j]));
+    }
+  }
+  const char* b[N];
+#pragma GCC unroll 4
+  for (int j = 0; j < N; ++j) b[j] = b_begin[j];
+  for (int64_t g = 0; g < groups; ++g, a += left_group_bytes(D::kLeft)) {
+    typename D::Right b_reg[N];
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) {
+      if constexpr (kWide) {
+        b_reg[j] = D::load_wide(b[j]);
+      } else {
+        b_reg[j] = D::load_right(b[j]);
+      }
+      b[j] += b_step;
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < M; ++i) {
+      const typename D::Left a_reg = D::load_left(a + i * a_row);
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) D::dot(sum[i][j], a_reg, b_reg[j]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) D::store(tile + i * kTileCols + j * D::kCols, sum[i][j]);
+  }
+}
+
+using Int8Micro = void (*)(int64_t, const char*, int64_t, const char* const*, int64_t, const int32_t* const*,
+                           const int32_t*, int32_t*);
+
+template <class D, int N, bool kWide>
+Int8Micro int8_micro_of(int rows) {
+  if constexpr (D::kRows >= 6) {
+    if (rows == 6) return &int8_micro<D, 6, N, kWide>;
+  }
+  if constexpr (D::kRows >= 5) {
+    switch (rows) {
+      case 5: return &int8_micro<D, 5, N, kWide>;
+      case 4: return &int8_micro<D, 4, N, kWide>;
+      case 3: return &int8_micro<D, 3, N, kWide>;
+      case 2: return &int8_micro<D, 2, N, kWide>;
+    }
+  }
+  return &int8_micro<D, 1, N, kWide>;
+}
+
+template <class D, bool kWide>
+Int8Micro int8_micro_of(int rows, int regs) {
+  if constexpr (D::kRegs == 4) {
+    if (regs == 4) return int8_micro_of<D, 4, kWide>(rows);
+    if (regs == 3) return int8_micro_of<D, 3, kWide>(rows);
+  }
+  if constexpr (D::kRegs >= 2) {
+    if (regs == 2) return int8_micro_of<D, 2, kWide>(rows);
+  }
+  return int8_micro_of<D, 1, kWide>(rows);
+}
+
+// So many rows of A are worth the widening of B beforehand, instead of in the product.
+constexpr int64_t kRowsWorthWidening = 24;
+
+// One block of a unit: all rows by the columns of `panels`, each pointing to its block.
+template <class D>
+BK_TARGET void int8_multiply(const Int8Block& block, int32_t* tile) {
+  constexpr int kRegsOfPanel = kPanelCols / D::kCols;
+  constexpr bool kCanWiden = D::kLeft == LeftFormat::kPairSums;
+  const int64_t groups = (block.depth + kGroupDepth - 1) / kGroupDepth;
+  const bool is_wide = kCanWiden && block.num_rows >= kRowsWorthWidening;
+  const int num_regs = block.num_panels * kRegsOfPanel;
+  for (int first = 0; first < num_regs; first += D::kRegs) {
+    const int regs = std::min(D::kRegs, num_regs - first);
+    const char* b[D::kRegs];
+    const int32_t* col_begin[D::kRegs];
+    int64_t b_step = kGroupBytes;
+    for (int j = 0; j < regs; ++j) {
+      const int reg = first + j;
+      const char* panel = block.panels[reg / kRegsOfPanel];
+      col_begin[j] = reinterpret_cast<const int32_t*>(panel) + reg % kRegsOfPanel * D::kCols;
+      b[j] = panel + kBlockHeader + reg % kRegsOfPanel * D::kCols * kGroupDepth;
+    }
+    if constexpr (kCanWiden) {
+      if (is_wide) {
+        constexpr int64_t kRegBytes = sizeof(typename D::Right);
+        b_step = regs * kRegBytes;
+        for (int j = 0; j < regs; ++j) {
+          char* to = block.wide + j * kRegBytes;
+          for (int64_t g = 0; g < groups; ++g) D::store_wide(to + g * b_step, D::load_right(b[j] + g * kGroupBytes));
+          b[j] = to;
+        }
+      }
+    }
+    for (int64_t i = 0; i < block.num_rows; i += D::kRows) {
+      const int rows = std::min<int64_t>(D::kRows, block.num_rows - i);
+      Int8Micro micro = int8_micro_of<D, false>(rows, regs);
+      if constexpr (kCanWiden) {
+        if (is_wide) micro = int8_micro_of<D, true>(rows, regs);
+      }
+      micro(groups, block.left + i * block.left_row, block.left_row, b, b_step, col_begin,
+            block.row_begin == nullptr ? nullptr : block.row_begin + i, tile + i * kTileCols + first * D::kCols);
+    }
+  }
+}
