@@ -134,4 +134,4 @@ def int8_training_linear(
         philox = torch.randint(-(2**63), 2**63 - 1, (2, 2), dtype=torch.int64, device=x.device)
     rows = x.reshape(-1, x.size(-1))
     y = _TrainingLinear.apply(rows, weight, bias, weight_q, weight_scale, philox, out_dtype)
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], y.size(-1))
