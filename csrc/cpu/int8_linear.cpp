@@ -1,6 +1,7 @@
 // int8_linear on the CPU.
 #include "../int8_mm_call.h"
 #include "int8_gemm.h"
+#include "int8_vec.h"
 #include "quantize.h"
 
 namespace bigkern {
@@ -13,6 +14,7 @@ struct LinearProblem {
 };
 
 using FinishUnit = void (*)(const LinearProblem&, const Int8Unit&, const int32_t* tile);
+using FinishChoice = FinishUnit (*)(ScalarType, Activation);
 
 }  // namespace bigkern
 
@@ -52,7 +54,8 @@ Tensor int8_linear_op(Tensor x, Tensor weight_q, Tensor weight_scale, OptionalTe
     scales[i] = quantize_row(rows, i, scratch);
     return Int8Row{scratch, 1};
   };
-  const FinishUnit finish = select(scalar::finish_unit_of, avx2::finish_unit_of, avx512::finish_unit_of)(dtype);
+  const FinishUnit finish = select<FinishChoice>(scalar::finish_unit_of, avx2::finish_unit_of, avx512::finish_unit_of)(
+      dtype, problem.activation);
   gemm.finish = [&](const Int8Unit& unit, const int32_t* tile) { finish(problem, unit, tile); };
   int8_gemm(gemm);
   return out;

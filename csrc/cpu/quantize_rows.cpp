@@ -1,5 +1,6 @@
 // quantize_rows on the CPU.
 #include "../int8_mm_call.h"
+#include "int8_vec.h"
 #include "quantize.h"
 
 #define BK_KERNELS "quantize_kernels.h"

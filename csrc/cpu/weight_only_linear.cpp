@@ -1,5 +1,6 @@
 // weight_only_linear on the CPU.
 #include "../int8_mm_call.h"
+#include "int8_vec.h"
 #include "rounding.h"
 #include "units.h"
 
@@ -11,10 +12,11 @@ struct WeightOnlyProblem {
   const int8_t* weight;       // [cols, depth]
   const float* weight_scale;  // [cols, num_groups]
   const float* bias;          // [cols] or nullptr
-  float* out;                 // [rows, cols]
+  void* out;                  // [rows, cols]
 };
 
 using WeightOnlyUnit = void (*)(const WeightOnlyProblem&, int64_t j_begin, int64_t j_end);
+using WeightOnlyChoice = WeightOnlyUnit (*)(ScalarType, bool is_grouped);
 
 }  // namespace bigkern
 
@@ -24,6 +26,8 @@ using WeightOnlyUnit = void (*)(const WeightOnlyProblem&, int64_t j_begin, int64
 namespace bigkern {
 
 namespace {
+
+constexpr int64_t kUnitCols = 32;  // their weights and four rows of x fit the L2 cache up to K = 8,192
 
 Tensor weight_only_linear_op(Tensor x, Tensor weight_q, Tensor weight_scale, OptionalTensor bias, int64_t group_size) {
   check_float("x", x.scalar_type());
@@ -49,9 +53,10 @@ Tensor weight_only_linear_op(Tensor x, Tensor weight_q, Tensor weight_scale, Opt
     return keep.back().data_ptr();
   };
   const Tensor wide = x.scalar_type() == ScalarType::Float ? x : torch::stable::to(x, ScalarType::Float);
-  Tensor out = torch::stable::new_empty(x, with_last(x, N), ScalarType::Float);
-  const int64_t rows = numel(x) / std::max<int64_t>(K, 1);
-  const WeightOnlyProblem problem{K == 0 ? numel(out) / std::max<int64_t>(N, 1) : rows,
+  Tensor out = torch::stable::new_empty(x, with_last(x, N), x.scalar_type());
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= x.size(d);
+  const WeightOnlyProblem problem{rows,
                                   K,
                                   N,
                                   group_size == 0 ? K : group_size,
@@ -60,11 +65,14 @@ Tensor weight_only_linear_op(Tensor x, Tensor weight_q, Tensor weight_scale, Opt
                                   static_cast<const int8_t*>(contiguous(weight_q)),
                                   read_weight_scale(weight_scale, x, keep),
                                   read_bias(bias, x, N, keep),
-                                  static_cast<float*>(out.data_ptr())};
-  const WeightOnlyUnit unit = select(scalar::weight_only_unit<scalar::Float>, avx2::weight_only_unit<avx2::Float>,
-                                     avx512::weight_only_unit<avx512::Float>);
-  torch::stable::parallel_for(0, N, 16, [&](int64_t begin, int64_t end) { unit(problem, begin, end); });
-  return x.scalar_type() == ScalarType::Float ? out : torch::stable::to(out, x.scalar_type());
+                                  out.data_ptr()};
+  const WeightOnlyUnit unit = select<WeightOnlyChoice>(scalar::weight_only_unit_of, avx2::weight_only_unit_of,
+                                                       avx512::weight_only_unit_of)(x.scalar_type(), group_size > 0);
+  std::vector<int64_t> begins;
+  for (int64_t j = 0; j < N; j += kUnitCols) begins.push_back(j);
+  run_units(begins, static_cast<double>(rows) * N * K,
+            [&](int64_t begin) { unit(problem, begin, std::min(begin + kUnitCols, N)); });
+  return out;
 }
 
 }  // namespace

@@ -1,20 +1,88 @@
 // weight_only_linear, for one instruction set; included by each_isa.h.
 
-template <class V>
-BK_TARGET void weight_only_unit(const WeightOnlyProblem& problem, int64_t j_begin, int64_t j_end) {
-  for (int64_t j = j_begin; j < j_end; ++j) {
-    const int8_t* weight = problem.weight + j * problem.depth;
-    const float* scales = problem.weight_scale + j * problem.num_groups;
-    for (int64_t i = 0; i < problem.rows; ++i) {
-      const float* x = problem.x + i * problem.depth;
-      float sum = 0;
-      for (int64_t g = 0; g < problem.num_groups; ++g) {
-        float part = 0;
-        const int64_t end = std::min(problem.depth, (g + 1) * problem.group_size);
-        for (int64_t k = g * problem.group_size; k < end; ++k) part += x[k] * weight[k];
-        sum += part * scales[g];
+// Y [M, N columns], M rows of x from i on. Weights are widened as they are read, each once for the M rows; grouped
+// scales are multiplied in there, those of whole rows at the end.
+template <class V, class T, bool kGrouped, int M, int N>
+BK_TARGET void weight_only_micro(const WeightOnlyProblem& problem, int64_t i, int64_t j) {
+  using Reg = typename V::Reg;
+  const int64_t depth = problem.depth;
+  const float* x[M];
+  const int8_t* weight[N];
+  const float* scale[N];
+#pragma GCC unroll 4
+  for (int r = 0; r < M; ++r) x[r] = problem.x + (i + r) * depth;
+#pragma GCC unroll 4
+  for (int c = 0; c < N; ++c) {
+    weight[c] = problem.weight + (j + c) * depth;
+    scale[c] = problem.weight_scale + (j + c) * problem.num_groups;
+  }
+  Reg sum[M][N];
+  float rest[M][N] = {};  // of what doesn't fill a register
+#pragma GCC unroll 4
+  for (int r = 0; r < M; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < N; ++c) sum[r][c] = V::set(0);
+  }
+  for (int64_t g = 0; g < problem.num_groups; ++g) {
+    const int64_t end = std::min(depth, (g + 1) * problem.group_size);
+    int64_t k = g * problem.group_size;
+    Reg s[N];
+#pragma GCC unroll 4
+    for (int c = 0; c < N; ++c) s[c] = V::set(kGrouped ? scale[c][g] : 1);
+    for (; k + V::kWidth <= end; k += V::kWidth) {
+#pragma GCC unroll 4
+      for (int c = 0; c < N; ++c) {
+        Reg w = load_int<V>(weight[c] + k);
+        if constexpr (kGrouped) w = V::mul(w, s[c]);
+#pragma GCC unroll 4
+        for (int r = 0; r < M; ++r) sum[r][c] = V::fma(V::load(x[r] + k), w, sum[r][c]);
       }
-      problem.out[i * problem.cols + j] = sum + (problem.bias == nullptr ? 0 : problem.bias[j]);
+    }
+    for (; k < end; ++k) {
+      for (int c = 0; c < N; ++c) {
+        const float w = kGrouped ? weight[c][k] * scale[c][g] : weight[c][k];
+        for (int r = 0; r < M; ++r) rest[r][c] += x[r][k] * w;
+      }
     }
   }
+  T* out = static_cast<T*>(problem.out);
+  for (int r = 0; r < M; ++r) {
+    for (int c = 0; c < N; ++c) {
+      float y = V::sum(sum[r][c]) + rest[r][c];
+      if constexpr (!kGrouped) y *= scale[c][0];
+      if (problem.bias != nullptr) y += problem.bias[j + c];
+      out[(i + r) * problem.cols + j + c] = static_cast<T>(y);
+    }
+  }
+}
+
+template <class V, class T, bool kGrouped, int M>
+BK_TARGET void weight_only_rows(const WeightOnlyProblem& problem, int64_t i, int64_t j, int64_t j_end) {
+  constexpr int N = M > 2 ? 2 : 4;  // 8 sums suffice to hide the latency of additions
+  for (; j + N <= j_end; j += N) weight_only_micro<V, T, kGrouped, M, N>(problem, i, j);
+  for (; j < j_end; ++j) weight_only_micro<V, T, kGrouped, M, 1>(problem, i, j);
+}
+
+template <class V, class T, bool kGrouped>
+BK_TARGET void weight_only_unit(const WeightOnlyProblem& problem, int64_t j_begin, int64_t j_end) {
+  int64_t i = 0;
+  for (; i + 4 <= problem.rows; i += 4) weight_only_rows<V, T, kGrouped, 4>(problem, i, j_begin, j_end);
+  switch (problem.rows - i) {
+    case 3: return weight_only_rows<V, T, kGrouped, 3>(problem, i, j_begin, j_end);
+    case 2: return weight_only_rows<V, T, kGrouped, 2>(problem, i, j_begin, j_end);
+    case 1: return weight_only_rows<V, T, kGrouped, 1>(problem, i, j_begin, j_end);
+  }
+}
+
+template <bool kGrouped>
+WeightOnlyUnit weight_only_unit_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Half: return &weight_only_unit<Float, Half, kGrouped>;
+    case ScalarType::BFloat16: return &weight_only_unit<Float, BFloat16, kGrouped>;
+    default: return &weight_only_unit<Float, float, kGrouped>;
+  }
+}
+
+inline WeightOnlyUnit weight_only_unit_of(ScalarType dtype, bool is_grouped) {
+  return is_grouped ? weight_only_unit_of<true>(dtype) : weight_only_unit_of<false>(dtype);
 }
