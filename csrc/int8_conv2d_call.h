@@ -64,6 +64,14 @@ inline Conv2dShape read_conv2d_shape(const Tensor& x, int64_t outputs, const std
   return s;
 }
 
+// One scale for all images, or one for each.
+inline void read_image_scale(const Tensor& x_scale, const Tensor& x, FloatRows& rows, TensorList& keep) {
+  const bool is_one = numel(x_scale) == 1;
+  BK_CHECK(is_one || (x_scale.dim() == 1 && x_scale.size(0) == x.size(0)),
+           "x_scale must have one element, or one for each of the ", x.size(0), " images, got shape ", shape(x_scale));
+  read_static_scale("x_scale", x_scale, torch::stable::new_empty(x, {x.size(0), 0}), rows, keep);
+}
+
 // x's elements in the order [N, C, H, W], or [N, H, W, C] if channels_last.
 inline const void* read_images(const Tensor& x, bool channels_last, TensorList& keep) {
   if (!channels_last) {
@@ -83,8 +91,8 @@ class Conv2dWeight {
   Conv2dWeight(const Tensor& weight_q, const Tensor& x, const Conv2dShape& s) : shape_{s.depth(), s.group_outputs()} {
     check_int8("weight_q", weight_q);
     check_same_device("weight_q", weight_q, "x", x);
-    BK_CHECK(weight_q.dim() == 1 || weight_q.dim() == 4, "weight_q must have shape [O, C / groups, kH, kW] or be packed, got ",
-             shape(weight_q));
+    BK_CHECK(weight_q.dim() == 1 || weight_q.dim() == 4,
+             "weight_q must have shape [O, C / groups, kH, kW] or be packed, got ", shape(weight_q));
     if (weight_q.dim() == 1) {
       read_packed(weight_q, s);
     } else {
@@ -129,8 +137,8 @@ class Conv2dWeight {
       for (int64_t i = 0; i < sizes[2]; ++i) {
         for (int64_t j = 0; j < sizes[3]; ++j) {
           for (int64_t c = 0; c < sizes[1]; ++c) {
-            *to++ = from[o * weight_q.stride(0) + c * weight_q.stride(1) + i * weight_q.stride(2) +
-                         j * weight_q.stride(3)];
+            *to++ =
+                from[o * weight_q.stride(0) + c * weight_q.stride(1) + i * weight_q.stride(2) + j * weight_q.stride(3)];
           }
         }
       }
