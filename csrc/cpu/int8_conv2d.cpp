@@ -220,8 +220,7 @@ Tensor int8_conv2d_op(Tensor x, Tensor weight_q, Tensor weight_scale, OptionalTe
   const Activation act = read_activation(activation);
   const float* const w_scale = read_weight_scale(weight_scale, x, keep);
   const float* const b = read_bias(bias, x, O, keep);
-  const FinishUnit finish =
-      select<FinishChoice>(scalar::finish_unit_of, avx2::finish_unit_of, avx512::finish_unit_of)(dtype, act);
+  const FinishUnit finish = finish_unit_kernel(dtype, act);
 
   // Channels last is the order of [N, H, W, O], seen as [N, O, H, W].
   const int64_t N = s.batch, H = s.output.height, W = s.output.width;

@@ -1,5 +1,4 @@
 // What int8_conv2d does besides multiplying, for one instruction set; included by each_isa.h.
-#include "int8_linear_kernels.h"
 #include "quantize_kernels.h"
 
 template <class T>

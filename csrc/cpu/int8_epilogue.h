@@ -13,7 +13,10 @@ struct LinearProblem {
   int64_t cols;
 };
 
+// Writes Y = act(sums * (x_scale x weight_scale) + bias) of a unit to `out`.
 using FinishUnit = void (*)(const LinearProblem&, const Int8Unit&, const int32_t* tile);
-using FinishChoice = FinishUnit (*)(ScalarType, Activation);
+
+// For an output of so a dtype.
+FinishUnit finish_unit_kernel(ScalarType dtype, Activation activation);
 
 }  // namespace bigkern

@@ -1,19 +1,11 @@
 // int8_linear on the CPU.
 #include "../int8_mm_call.h"
-#include "int8_gemm.h"
+#include "int8_epilogue.h"
 #include "int8_vec.h"
 #include "quantize.h"
 
 namespace bigkern {
 
-struct LinearProblem {
-  const float *x_scale, *weight_scale, *bias;  // [rows], [cols], [cols] or nullptr
-  Activation activation;
-  void* out;  // [rows, cols]
-  int64_t cols;
-};
-
-using FinishUnit = void (*)(const LinearProblem&, const Int8Unit&, const int32_t* tile);
 using FinishChoice = FinishUnit (*)(ScalarType, Activation);
 
 }  // namespace bigkern
@@ -22,6 +14,10 @@ using FinishChoice = FinishUnit (*)(ScalarType, Activation);
 #include "each_isa.h"
 
 namespace bigkern {
+
+FinishUnit finish_unit_kernel(ScalarType dtype, Activation activation) {
+  return select<FinishChoice>(scalar::finish_unit_of, avx2::finish_unit_of, avx512::finish_unit_of)(dtype, activation);
+}
 
 namespace {
 
@@ -54,8 +50,7 @@ Tensor int8_linear_op(Tensor x, Tensor weight_q, Tensor weight_scale, OptionalTe
     scales[i] = quantize_row(rows, i, scratch);
     return Int8Row{scratch, 1};
   };
-  const FinishUnit finish = select<FinishChoice>(scalar::finish_unit_of, avx2::finish_unit_of, avx512::finish_unit_of)(
-      dtype, problem.activation);
+  const FinishUnit finish = finish_unit_kernel(dtype, problem.activation);
   gemm.finish = [&](const Int8Unit& unit, const int32_t* tile) { finish(problem, unit, tile); };
   int8_gemm(gemm);
   return out;
