@@ -7,9 +7,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from bigkern import backends
-from bigkern.ops.int8_mm import pack_weight
-
 SCALES = {"weight_scale", "x_scale", "input_factor"}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -18,7 +15,8 @@ class Int8Layer(nn.Module):
     """Holds the weight once: packed, where the kernels read it so. It is plain in ``state_dict()``,
     in pickles, and on its way to another device.
 
-    The scales stay in float32, whatever the model is cast to.
+    The scales stay in float32, whatever the model is cast to. A subclass says how its weight is
+    packed, in `_pack_weight` and `_unpack_weight`.
     """
 
     packs = True  # whether the kernels read a packed weight
@@ -37,7 +35,6 @@ class Int8Layer(nn.Module):
     ) -> None:
         """Adds the tensors, of zeros; the weight plain."""
         check_float("dtype", dtype or torch.get_default_dtype())
-        self.weight_shape = torch.Size(weight_shape)
         self._buffers["weight_q"] = torch.zeros(weight_shape, dtype=torch.int8, device=device)
         if self.packs:
             self.register_buffer("weight_packed", None, persistent=False)
@@ -62,13 +59,11 @@ class Int8Layer(nn.Module):
         """The plain int8 weight: a copy where it is packed."""
         if self.weight_packed is None:
             return self._buffers["weight_q"]
-        ops = backends.select("unpack_weight", self.weight_packed.device.type)
-        N, K = self.weight_shape[0], self.weight_shape[1:].numel()
-        return ops.unpack_weight.default(self.weight_packed, N, K).view(self.weight_shape)
+        return self._unpack_weight(self.weight_packed)
 
     def _pack(self) -> None:
         if self.packs and not self._buffers["weight_q"].is_meta:
-            self.weight_packed = pack_weight(self._buffers.pop("weight_q").flatten(1))
+            self.weight_packed = self._pack_weight(self._buffers.pop("weight_q"))
 
     @contextmanager
     def _unpacked(self) -> Iterator[None]:

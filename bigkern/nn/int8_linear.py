@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bigkern import backends
 from bigkern.nn.int8_calibration import column_range, outlier_columns, smoothing_scales
 from bigkern.nn.int8_layer import (
     Int8Layer,
@@ -12,7 +13,7 @@ from bigkern.nn.int8_layer import (
     output_dtype,
     static_scale,
 )
-from bigkern.ops.int8_mm import int8_linear, quantize_rows, weight_only_linear
+from bigkern.ops.int8_mm import int8_linear, pack_weight, quantize_rows, weight_only_linear
 from bigkern.ops.reference_int8 import ACTIVATIONS
 
 MODES = ("dynamic", "static", "weight_only")
@@ -168,6 +169,13 @@ class Int8Linear(Int8Layer):
             layer.weight_q.copy_(weight_q.flatten(1)[:, :K] if group_size else weight_q)
             layer.weight_scale.copy_(scale)
         return layer.train(linear.training)
+
+    def _pack_weight(self, weight_q: Tensor) -> Tensor:
+        return pack_weight(weight_q)
+
+    def _unpack_weight(self, packed: Tensor) -> Tensor:
+        ops = backends.select("unpack_weight", packed.device.type)
+        return ops.unpack_weight.default(packed, self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., out_features] in x's dtype for x [..., in_features]: float32, bfloat16, float16."""

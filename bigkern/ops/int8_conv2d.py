@@ -28,9 +28,9 @@ def int8_conv2d(
     x_scale: Tensor | float | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """:func:`torch.nn.functional.conv2d` of an int8 weight, on inputs that are quantised by image as
-    :func:`quantize_rows` does rows: the sums of products are exact, what follows is in float32 as in
-    :func:`int8_linear`. The patches are never stored in floating point.
+    """:func:`torch.nn.functional.conv2d` of an int8 weight on inputs that are quantised, each image
+    as :func:`quantize_rows` does a row. The sums of products are exact, and what follows is as in
+    :func:`int8_linear`, in float32 and rounded once.
 
     The gradient of x is that of a convolution with the weight that the integers stand for:
     quantising x counts as the identity. The bias has a gradient too.
@@ -94,23 +94,31 @@ def int8_conv2d(
 
 
 def pack_conv2d_weight(weight_q: Tensor, groups: int = 1) -> Tensor:
-    """The int8 weight (O, C / groups, kH, kW) in the order in which :func:`int8_conv2d` reads it: an
-    opaque tensor of one dimension, for this device alone.
+    """The int8 weight (O, C / groups, kH, kW) in the order in which :func:`int8_conv2d` reads it:
+    an opaque tensor of one dimension, for this device alone.
 
     Raises:
-        ValueError: another dtype or number of dimensions.
+        ValueError: another dtype or number of dimensions; groups that don't divide O.
         NotImplementedError: no backend for the device.
     """
+    if weight_q.dim() != 4 or weight_q.size(0) % groups:
+        shape = list(weight_q.shape)
+        raise ValueError(
+            f"weight_q must have shape [O, C / groups, kH, kW] with groups, {groups}, that divide "
+            f"O, got {shape}"
+        )
     rows = weight_q.permute(0, 2, 3, 1).flatten(1)  # [O, kH * kW * C / groups]
     return torch.cat([pack_weight(group) for group in rows.chunk(groups)])
 
 
 def unpack_conv2d_weight(packed: Tensor, shape: torch.Size, groups: int = 1) -> Tensor:
     """The plain weight of this shape."""
-    O, C, kH, kW = shape
+    outputs, C, kH, kW = shape
     unpack = backends.select("unpack_weight", packed.device.type).unpack_weight.default
-    rows = torch.cat([unpack(group, O // groups, C * kH * kW) for group in packed.chunk(groups)])
-    return rows.view(O, kH, kW, C).permute(0, 3, 1, 2).contiguous()
+    rows = torch.cat(
+        [unpack(group, outputs // groups, C * kH * kW) for group in packed.chunk(groups)]
+    )
+    return rows.view(outputs, kH, kW, C).permute(0, 3, 1, 2).contiguous()
 
 
 def _pair(name: str, value: Pair) -> list[int]:
