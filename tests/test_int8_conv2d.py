@@ -33,9 +33,7 @@ def assert_like_reference(x, weight_q, weight_scale, bias=None, x_scale=None, **
     """Of the plain and the packed weight, and the order of the result in memory."""
     raw = {"stride": [1, 1], "padding": [0] * 4, "dilation": [1, 1], "groups": 1} | options
     expected, baseline = (
-        reference.int8_conv2d(
-            x, weight_q, weight_scale, bias, x_scale, **raw | changes
-        )  # fmt: skip
+        reference.int8_conv2d(x, weight_q, weight_scale, bias, x_scale, **raw | changes)
         for changes in ({"dtype": torch.float64, "out_dtype": torch.float64}, {})
     )
     raw |= {"kernel_size": list(weight_q.shape[2:])}
@@ -155,17 +153,14 @@ def test_gradients(dtype, activation):
             x.detach(), weight_q, scale / 300, bias, **raw, dtype=wide, out_dtype=wide
         )
         leaf = inner.detach().requires_grad_()
-        (inner_grad,) = torch.autograd.grad(
-            ACTIVATIONS[activation](leaf), leaf, grad.to(wide)
-        )  # fmt: skip
-        grad_x = torch.nn.grad.conv2d_input(
-            x.shape, weight.to(wide), inner_grad, **options
-        )  # fmt: skip
+        (inner_grad,) = torch.autograd.grad(ACTIVATIONS[activation](leaf), leaf, grad.to(wide))
+        grad_x = torch.nn.grad.conv2d_input(x.shape, weight.to(wide), inner_grad, **options)
         found.append((grad_x, inner_grad.sum((0, 2, 3))))
     for a, expected, baseline in zip(actual, *found, strict=True):
         assert_as_accurate(a, expected, baseline.to(a.dtype), factor=3.0)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even")
 @pytest.mark.parametrize("kernel", [(1, 1), (2, 4), (3, 3)])
 def test_gradient_under_same_padding(kernel):
     weight_q, scale = make_weight(3, 2, kernel)
@@ -174,7 +169,6 @@ def test_gradient_under_same_padding(kernel):
     assert y.shape == (2, 3, 5, 6)
     grad = torch.randn(y.shape)
     weight = weight_q.double() * scale.view(-1, 1, 1, 1)
-    leaf = x.detach().double().requires_grad_()
     found = []
     for wide in (torch.float64, torch.float32):
         leaf = x.detach().to(wide).requires_grad_()

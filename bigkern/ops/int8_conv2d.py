@@ -115,9 +115,8 @@ def unpack_conv2d_weight(packed: Tensor, shape: torch.Size, groups: int = 1) -> 
     """The plain weight of this shape."""
     outputs, C, kH, kW = shape
     unpack = backends.select("unpack_weight", packed.device.type).unpack_weight.default
-    rows = torch.cat(
-        [unpack(group, outputs // groups, C * kH * kW) for group in packed.chunk(groups)]
-    )
+    N, K = outputs // groups, C * kH * kW
+    rows = torch.cat([unpack(group, N, K) for group in packed.chunk(groups)])
     return rows.view(outputs, kH, kW, C).permute(0, 3, 1, 2).contiguous()
 
 
@@ -153,8 +152,7 @@ def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int
 
 def _fake(
     x, weight_q, weight_scale, bias=None, x_scale=None,
-    *, kernel_size, stride, padding, dilation, groups, activation=None, out_dtype=None,
-    channels_last=False,
+    *, kernel_size, stride, padding, dilation, out_dtype=None, channels_last=False, **options,
 ):  # fmt: skip
     top, bottom, left, right = padding
     size = [
