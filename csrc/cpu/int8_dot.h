@@ -62,7 +62,7 @@ namespace avx2 {
 
 struct Int8Dot {
   static constexpr LeftFormat kLeft = LeftFormat::kPairSums;
-  static constexpr int kCols = 8, kRows = 5, kRegs = 2;
+  static constexpr int kCols = 8, kRows = 4, kRegs = 2;
   using Reg = __m256i;
   struct Pair {
     __m256i even, odd;  // int16

@@ -13,8 +13,7 @@ constexpr int64_t kTilePanels = kTileCols / kPanelCols;
 // Some rows of A by kBlockDepth of its columns, and the panels that they meet.
 struct Int8Block {
   int64_t depth, num_rows;
-  const char* left;  // [num_rows, left_row bytes]
-  int64_t left_row;
+  const char* left;          // [num_rows / rows of the micro-kernel, groups, rows of the micro-kernel, group]
   const int32_t* row_begin;  // [num_rows], what the sums begin with; nullptr: with those in the tile
   int num_panels;
   const char* panels[kTilePanels];
@@ -34,13 +33,13 @@ namespace {
 
 struct Int8Kernels {
   LeftFormat left;
-  int rows;  // of the micro-kernel
+  int rows, cols;  // of the micro-kernel
   Int8Multiply multiply;
 };
 
 template <class D>
 Int8Kernels kernels_of(Int8Multiply multiply) {
-  return {D::kLeft, D::kRows, multiply};
+  return {D::kLeft, D::kRows, D::kRegs * D::kCols, multiply};
 }
 
 Int8Kernels choose_kernels() {
@@ -52,7 +51,8 @@ Int8Kernels choose_kernels() {
 
 // A unit's rows of A and its tile of sums fit the L2 cache, 196 KiB and 48 KiB.
 constexpr int64_t kMostRows = 192, kLeastRows = 24;
-constexpr int64_t kUnitsPerThread = 4, kRowsAtOnce = 8;
+constexpr int64_t kUnitsPerThread = 4;
+constexpr int64_t kNarrowLeftBytes = 256 << 10;
 constexpr int64_t kLeftBytes = 16 << 20;  // rows of A that are packed at a time
 
 // A unit, and where its rows are in the packed ones.
@@ -77,21 +77,25 @@ class Int8Driver {
       : gemm_(gemm),
         shape_{gemm.depth, gemm.cols},
         kernels_(choose_kernels()),
-        // Rows are an odd number of cache lines apart, so that a column of them uses all sets of the caches.
-        left_row_((ceil_div(shape_.num_groups() * left_group_bytes(kernels_.left), 64) | 1) * 64) {
+        left_row_(shape_.num_groups() * left_group_bytes(kernels_.left)) {
     if (gemm.batch * gemm.rows == 0 || gemm.cols == 0) return;
     // More units than threads share the work better, but B may be read by several of them only if it is packed.
     const int64_t wanted = kUnitsPerThread * torch::stable::get_num_threads();
     const int64_t splits = gemm.panels == nullptr ? 1 : ceil_div(wanted, gemm.batch * ceil_div(gemm.cols, kTileCols));
-    const int64_t num_blocks = std::max(ceil_div(gemm.rows, kMostRows), std::min(splits, gemm.rows / kLeastRows));
-    rows_of_unit_ = num_blocks < 2 ? gemm.rows : round_up(ceil_div(gemm.rows, num_blocks), kernels_.rows);
+    const int64_t num_blocks =
+        std::max(ceil_div(gemm.rows, kMostRows), std::clamp<int64_t>(gemm.rows / kLeastRows, 1, splits));
+    rows_of_unit_ = round_up(ceil_div(gemm.rows, num_blocks), kernels_.rows);
+    // Narrow units read a packed B from end to end; wide ones read less of A, and whole cache lines of a plain B.
+    const bool is_narrow = gemm.panels != nullptr && rows_of_unit_ * left_row_ <= kNarrowLeftBytes;
+    cols_of_unit_ = is_narrow ? kernels_.cols : kTileCols;
     packs_panels_ = gemm.panels == nullptr && rows_of_unit_ < gemm.rows;
 
-    const int64_t most_rows = std::max(kLeftBytes / left_row_ / rows_of_unit_, int64_t{1}) * rows_of_unit_;
+    const int64_t most_rows =
+        std::max<int64_t>(kLeftBytes / std::max<int64_t>(left_row_ * rows_of_unit_, 1), 1) * rows_of_unit_;
     for (int64_t b = 0; b < gemm.batch; ++b) {
       for (const Range& rows : ranges(gemm.rows, most_rows)) {
         // Small entries of a batch together.
-        if (packs_panels_ || num_rows_ + rows.end - rows.begin > most_rows) multiply();
+        if (packs_panels_ || num_rows_ + round_up(rows.end - rows.begin, kernels_.rows) > most_rows) multiply();
         add(b, rows);
       }
     }
@@ -102,10 +106,10 @@ class Int8Driver {
   void add(int64_t b, const Range& rows) {
     for (int64_t i = rows.begin; i < rows.end; i += rows_of_unit_) {
       const int64_t n = std::min(rows_of_unit_, rows.end - i);
-      for (const Range& cols : ranges(gemm_.cols, kTileCols)) {
+      for (const Range& cols : ranges(gemm_.cols, cols_of_unit_)) {
         tasks_.push_back({{b, i, n, cols.begin, cols.end - cols.begin}, num_rows_});
       }
-      num_rows_ += n;
+      num_rows_ += round_up(n, kernels_.rows);
     }
   }
 
@@ -131,22 +135,34 @@ class Int8Driver {
 
   double work_of(double rows) const { return rows * gemm_.depth * gemm_.cols; }
 
+  // Of the rows of a unit, each block is [rows of the unit / R, groups, R, group], R being the micro-kernel's rows.
   void pack_rows(char* left, int32_t* row_begin) const {
-    // The rows of the tasks of the first columns are all rows.
     std::vector<Int8Task> parts;
     for (const Int8Task& task : tasks_) {
-      if (task.unit.j_begin > 0) continue;
-      for (const Range& r : ranges(task.unit.num_rows, kRowsAtOnce)) {
-        parts.push_back({{task.unit.b, task.unit.i_begin + r.begin, r.end - r.begin, 0, 0}, task.first_row + r.begin});
+      if (task.unit.j_begin > 0) continue;  // the same rows
+      for (int64_t i = 0; i < task.unit.num_rows; i += kernels_.rows) {
+        Int8Task part = task;
+        part.unit.j_begin = i;
+        parts.push_back(part);
       }
     }
+    const int64_t group_bytes = left_group_bytes(kernels_.left), step = kernels_.rows * group_bytes;
     constexpr double kWorkOfElement = 16;
     run_units(parts, kWorkOfElement * num_rows_ * gemm_.depth, [&](const Int8Task& part) {
+      const int64_t begin = part.unit.j_begin, end = std::min(begin + kernels_.rows, part.unit.num_rows);
+      const int64_t padded_rows = round_up(part.unit.num_rows, kernels_.rows);
       int8_t* const scratch = Workspace::of_this_thread().take<int8_t>(gemm_.depth);
-      for (int64_t i = 0; i < part.unit.num_rows; ++i) {
+      for (int64_t i = begin; i < end; ++i) {
         const Int8Row row = gemm_.row_of(part.unit.b, part.unit.i_begin + i, scratch);
-        char* const to = left + (part.first_row + i) * left_row_;
-        row_begin[part.first_row + i] = pack_left(kernels_.left, row.data, row.stride, gemm_.depth, to);
+        uint32_t sum = 0;
+        char* block = left + part.first_row * left_row_;
+        for (int64_t q = 0; q < shape_.num_blocks(); ++q) {
+          const int64_t depth = shape_.block_depth(q), row_bytes = ceil_div(depth, kGroupDepth) * group_bytes;
+          sum += pack_left(kernels_.left, row.data + q * kBlockDepth * row.stride, row.stride, depth,
+                           block + begin * row_bytes + (i - begin) * group_bytes, step);
+          block += padded_rows * row_bytes;
+        }
+        row_begin[part.first_row + i] = static_cast<int32_t>(sum);
       }
     });
   }
@@ -163,8 +179,9 @@ class Int8Driver {
       Int8Block block{};
       block.depth = shape_.block_depth(q);
       block.num_rows = unit.num_rows;
-      block.left = left + q * kBlockDepth / kGroupDepth * left_group_bytes(kernels_.left);
-      block.left_row = left_row_;
+      block.left = left;
+      left +=
+          round_up(unit.num_rows, kernels_.rows) * ceil_div(block.depth, kGroupDepth) * left_group_bytes(kernels_.left);
       block.row_begin = q == 0 ? row_begin : nullptr;
       block.num_panels = ceil_div(unit.num_cols, kPanelCols);
       block.wide = wide;
@@ -188,7 +205,7 @@ class Int8Driver {
   const PackedShape shape_;
   const Int8Kernels kernels_;
   const int64_t left_row_;
-  int64_t rows_of_unit_ = 0;
+  int64_t rows_of_unit_ = 0, cols_of_unit_ = kTileCols;
   bool packs_panels_ = false;
   std::vector<Int8Task> tasks_;
   int64_t num_rows_ = 0;  // of tasks_

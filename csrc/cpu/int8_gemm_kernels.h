@@ -1,10 +1,14 @@
 // The product of a unit, for one instruction set; included by each_isa.h. D is one of int8_dot.h.
 
+// B is fetched so far ahead, beyond the end of a page, where the hardware stops by itself.
+constexpr int64_t kPrefetchBytes = 2048;
+
 // C [M, N registers] of one block, from `row_begin` [M] on, or where that is nullptr from what the tile has. A register
 // j of B begins at b[j]; a group is followed by the next after b_step bytes.
 template <class D, int M, int N, bool kWide>
-BK_TARGET void int8_micro(int64_t groups, const char* a, int64_t a_row, const char* const* b_begin, int64_t b_step,
+BK_TARGET void int8_micro(int64_t groups, const char* a, const char* const* b_begin, int64_t b_step,
                           const int32_t* const* col_begin, const int32_t* row_begin, int32_t* tile) {
+  constexpr int64_t kLeftBytes = left_group_bytes(D::kLeft);
   typename D::Reg sum[M][N];
 #pragma GCC unroll 6
   for (int i = 0; i < M; ++i) {
@@ -17,7 +21,8 @@ BK_TARGET void int8_micro(int64_t groups, const char* a, int64_t a_row, const ch
   const char* b[N];
 #pragma GCC unroll 4
   for (int j = 0; j < N; ++j) b[j] = b_begin[j];
-  for (int64_t g = 0; g < groups; ++g, a += left_group_bytes(D::kLeft)) {
+#pragma GCC unroll 2
+  for (int64_t g = 0; g < groups; ++g, a += D::kRows * kLeftBytes) {
     typename D::Right b_reg[N];
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) {
@@ -25,12 +30,13 @@ BK_TARGET void int8_micro(int64_t groups, const char* a, int64_t a_row, const ch
         b_reg[j] = D::load_wide(b[j]);
       } else {
         b_reg[j] = D::load_right(b[j]);
+        __builtin_prefetch(b[j] + kPrefetchBytes);
       }
       b[j] += b_step;
     }
 #pragma GCC unroll 6
     for (int i = 0; i < M; ++i) {
-      const typename D::Left a_reg = D::load_left(a + i * a_row);
+      const typename D::Left a_reg = D::load_left(a + i * kLeftBytes);
 #pragma GCC unroll 4
       for (int j = 0; j < N; ++j) D::dot(sum[i][j], a_reg, b_reg[j]);
     }
@@ -42,8 +48,8 @@ BK_TARGET void int8_micro(int64_t groups, const char* a, int64_t a_row, const ch
   }
 }
 
-using Int8Micro = void (*)(int64_t, const char*, int64_t, const char* const*, int64_t, const int32_t* const*,
-                           const int32_t*, int32_t*);
+using Int8Micro = void (*)(int64_t, const char*, const char* const*, int64_t, const int32_t* const*, const int32_t*,
+                           int32_t*);
 
 template <class D, int N, bool kWide>
 Int8Micro int8_micro_of(int rows) {
@@ -51,8 +57,10 @@ Int8Micro int8_micro_of(int rows) {
     if (rows == 6) return &int8_micro<D, 6, N, kWide>;
   }
   if constexpr (D::kRows >= 5) {
+    if (rows == 5) return &int8_micro<D, 5, N, kWide>;
+  }
+  if constexpr (D::kRows >= 4) {
     switch (rows) {
-      case 5: return &int8_micro<D, 5, N, kWide>;
       case 4: return &int8_micro<D, 4, N, kWide>;
       case 3: return &int8_micro<D, 3, N, kWide>;
       case 2: return &int8_micro<D, 2, N, kWide>;
@@ -101,7 +109,10 @@ BK_TARGET void int8_multiply(const Int8Block& block, int32_t* tile) {
         b_step = regs * kRegBytes;
         for (int j = 0; j < regs; ++j) {
           char* to = block.wide + j * kRegBytes;
-          for (int64_t g = 0; g < groups; ++g) D::store_wide(to + g * b_step, D::load_right(b[j] + g * kGroupBytes));
+          for (int64_t g = 0; g < groups; ++g) {
+            D::store_wide(to + g * b_step, D::load_right(b[j] + g * kGroupBytes));
+            __builtin_prefetch(b[j] + g * kGroupBytes + kPrefetchBytes);
+          }
           b[j] = to;
         }
       }
@@ -112,7 +123,7 @@ BK_TARGET void int8_multiply(const Int8Block& block, int32_t* tile) {
       if constexpr (kCanWiden) {
         if (is_wide) micro = int8_micro_of<D, true>(rows, regs);
       }
-      micro(groups, block.left + i * block.left_row, block.left_row, b, b_step, col_begin,
+      micro(groups, block.left + i * groups * left_group_bytes(D::kLeft), b, b_step, col_begin,
             block.row_begin == nullptr ? nullptr : block.row_begin + i, tile + i * kTileCols + first * D::kCols);
     }
   }

@@ -71,33 +71,38 @@ inline void pack_block(const Int8Matrix& b, int64_t depth, int64_t cols, char* t
   }
 }
 
-// What becomes of an element of A: int8 as it is, or for the kernels of pair sums in int16, of each group of four the
+// What becomes of a group of four elements of a row of A: int8 as they are, or for the kernels of pair sums int16, the
 // even ones before the odd ones.
 enum class LeftFormat { kBytes, kPairSums };
 
-inline int64_t left_group_bytes(LeftFormat format) { return format == LeftFormat::kBytes ? 4 : 8; }
+constexpr int64_t left_group_bytes(LeftFormat format) { return format == LeftFormat::kBytes ? 4 : 8; }
 
-// A row of A, followed by zeros up to a whole group; returns what its sums begin with, modulo 2^32: the sum of the row
-// times -128, for the 128 that B is greater by, and without its own products of pairs.
-inline int32_t pack_left(LeftFormat format, const int8_t* row, int64_t stride, int64_t depth, char* to) {
+// A row of A in groups that are `step` bytes apart, the last one filled up with zeros. Returns what its sums begin
+// with, modulo 2^32: minus 128 times the sum of the row, since B is greater by 128, and minus its own products of
+// pairs.
+inline uint32_t pack_left(LeftFormat format, const int8_t* row, int64_t stride, int64_t depth, char* to, int64_t step) {
   uint32_t sum = 0, products = 0;
   int64_t k = 0;
 #if defined(__x86_64__)
   if (stride == 1) {
     const __m128i offset = _mm_set1_epi8(-128);
     __m128i sums = _mm_setzero_si128(), pairs = _mm_setzero_si128();
-    for (; k + 16 <= depth; k += 16) {
+    for (; k + 16 <= depth; k += 16, to += 4 * step) {
       const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + k));
       sums = _mm_add_epi64(sums, _mm_sad_epu8(_mm_xor_si128(a, offset), _mm_setzero_si128()));  // of a + 128
       if (format == LeftFormat::kBytes) {
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + k), a);
-        continue;
+        int32_t groups[4];
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(groups), a);
+        for (int g = 0; g < 4; ++g) std::memcpy(to + g * step, groups + g, sizeof(int32_t));
+      } else {
+        const __m128i even = _mm_srai_epi16(_mm_slli_epi16(a, 8), 8), odd = _mm_srai_epi16(a, 8);
+        pairs = _mm_add_epi32(pairs, _mm_madd_epi16(even, odd));
+        const __m128i low = _mm_unpacklo_epi32(even, odd), high = _mm_unpackhi_epi32(even, odd);
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(to), low);
+        _mm_storeh_pd(reinterpret_cast<double*>(to + step), _mm_castsi128_pd(low));
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(to + 2 * step), high);
+        _mm_storeh_pd(reinterpret_cast<double*>(to + 3 * step), _mm_castsi128_pd(high));
       }
-      const __m128i even = _mm_srai_epi16(_mm_slli_epi16(a, 8), 8), odd = _mm_srai_epi16(a, 8);
-      pairs = _mm_add_epi32(pairs, _mm_madd_epi16(even, odd));
-      __m128i* const groups = reinterpret_cast<__m128i*>(to + 2 * k);
-      _mm_storeu_si128(groups, _mm_unpacklo_epi32(even, odd));
-      _mm_storeu_si128(groups + 1, _mm_unpackhi_epi32(even, odd));
     }
     uint32_t lanes[4];
     _mm_storeu_si128(reinterpret_cast<__m128i*>(lanes), sums);
@@ -106,19 +111,19 @@ inline int32_t pack_left(LeftFormat format, const int8_t* row, int64_t stride, i
     products = lanes[0] + lanes[1] + lanes[2] + lanes[3];
   }
 #endif
-  for (; k < depth; k += kGroupDepth) {
+  for (; k < depth; k += kGroupDepth, to += step) {
     int8_t group[kGroupDepth] = {};
     for (int64_t r = 0; r < kGroupDepth && k + r < depth; ++r) group[r] = row[(k + r) * stride];
     for (const int8_t a : group) sum += a;
     if (format == LeftFormat::kBytes) {
-      std::memcpy(to + k, group, sizeof(group));
+      std::memcpy(to, group, sizeof(group));
     } else {
       const int16_t words[] = {group[0], group[2], group[1], group[3]};
-      std::memcpy(to + 2 * k, words, sizeof(words));
+      std::memcpy(to, words, sizeof(words));
       products += group[0] * group[1] + group[2] * group[3];
     }
   }
-  return static_cast<int32_t>(-128u * sum - products);
+  return -128u * sum - (format == LeftFormat::kPairSums ? products : 0u);
 }
 
 }  // namespace bigkern
