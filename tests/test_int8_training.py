@@ -3,7 +3,7 @@
 import copy
 import json
 import pickle
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -18,7 +18,8 @@ from bigkern.ops.int8_training import int8_training_linear, quantize_rows_stocha
 from bigkern.testing import assert_as_accurate
 from bigkern.train import checkpoint
 from bigkern.train.cnn import run
-from bigkern.train.config import CnnConfig
+from bigkern.train.config import CnnConfig, read_config
+from bigkern.train.errors import UserError
 from bigkern.train.loop import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -361,23 +362,27 @@ def test_the_command_line_trains_and_evaluates_it(tmp_path, capsys, monkeypatch)
         main([*QUICK, "--linear", "int4"])
 
 
-def test_a_run_that_is_older_than_the_option_goes_on(tmp_path):
-    out = tmp_path / "run"
-    assert main([*QUICK, "--out", str(out)]) == 0
-    config = json.loads((out / "config.json").read_text())
-    del config["linear"]
-    (out / "config.json").write_text(json.dumps(config))
-    for path in checkpoint.list_checkpoints(out):
+def test_a_run_that_is_older_than_an_option_goes_on(tmp_path):
+    whole = train(small_task(), SMALL)
+    train(small_task(), replace(SMALL, epochs=2), tmp_path)
+    for path in checkpoint.list_checkpoints(tmp_path):
         state = checkpoint.load_checkpoint(path)
-        del state["identity"]["linear"], state["config"]["linear"]
+        del state["identity"]["weight_decay"], state["config"]["weight_decay"]
         with checkpoint.atomic_file(path) as file:
             hashing = checkpoint._HashingFile(file)
             torch.save(state, hashing)
             file.write(checkpoint.SEAL + hashing.sha256.hexdigest().encode())
-    assert main(["evaluate", str(out)]) == 0
-    assert main(["train", "cnn", "--resume", str(out), "--epochs", "2"]) == 0
-    assert checkpoint.list_checkpoints(out)[0].name == "checkpoint-00000006.pt"
-    assert json.loads((out / "config.json").read_text())["linear"] == "float"
+    with pytest.raises(UserError, match="no usable checkpoint"):
+        train(small_task(), replace(SMALL, weight_decay=0.1), tmp_path, resume=True)
+    rest = train(small_task(), SMALL, tmp_path, resume=True)
+    assert torch.equal(parameters(rest.model), parameters(whole.model))
+
+
+def test_a_config_that_is_older_than_int8_is_of_float(tmp_path):
+    saved = {"task": "cnn", **asdict(CnnConfig(seed=3))}
+    del saved["linear"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert read_config(tmp_path, "cnn", CnnConfig, {}) == CnnConfig(seed=3, linear="float")
 
 
 @pytest.mark.slow
