@@ -88,7 +88,8 @@ inline const void* read_images(const Tensor& x, bool channels_last, TensorList& 
 // The weight [O, C / groups, kH, kW], or packed: the panels of each group, its rows in the order [kH, kW, C / groups].
 class Conv2dWeight {
  public:
-  Conv2dWeight(const Tensor& weight_q, const Tensor& x, const Conv2dShape& s) : shape_{s.depth(), s.group_outputs()} {
+  // Small groups may be packed as one, with zeros where they don't meet: then s is of such groups.
+  Conv2dWeight(const Tensor& weight_q, const Tensor& x, Conv2dShape& s) : shape_{s.depth(), s.group_outputs()} {
     check_int8("weight_q", weight_q);
     check_same_device("weight_q", weight_q, "x", x);
     BK_CHECK(weight_q.dim() == 1 || weight_q.dim() == 4,
@@ -112,16 +113,23 @@ class Conv2dWeight {
  private:
   int64_t stride() const { return sizeof(PackedHeader) + shape_.bytes(); }
 
-  void read_packed(const Tensor& weight_q, const Conv2dShape& s) {
-    bool fits = weight_q.stride(0) == 1 && weight_q.size(0) == s.groups * stride();
-    for (int64_t g = 0; fits && g < s.groups; ++g) {
-      PackedHeader header;
-      std::memcpy(&header, static_cast<const char*>(weight_q.data_ptr()) + g * stride(), sizeof(header));
+  void read_packed(const Tensor& weight_q, Conv2dShape& s) {
+    PackedHeader first{}, header{};
+    const char* const data = static_cast<const char*>(weight_q.data_ptr());
+    if (weight_q.size(0) >= static_cast<int64_t>(sizeof(first))) std::memcpy(&first, data, sizeof(first));
+    const int64_t merged = std::max<int64_t>(1, first.cols / std::max<int64_t>(1, s.group_outputs()));
+    Conv2dShape dense = s;
+    dense.groups = std::max<int64_t>(1, s.groups / merged);
+    shape_ = {dense.depth(), dense.group_outputs()};
+    bool fits = s.groups % merged == 0 && weight_q.stride(0) == 1 && weight_q.size(0) == dense.groups * stride();
+    for (int64_t g = 0; fits && g < dense.groups; ++g) {
+      std::memcpy(&header, data + g * stride(), sizeof(header));
       fits = header.magic == PackedHeader::kMagic && header.depth == shape_.depth && header.cols == shape_.cols;
     }
     BK_CHECK(fits, "weight_q of one dimension must come from pack_conv2d_weight, of shape [", s.outputs, ", ",
-             s.group_channels(), ", ", s.kernel.height, ", ", s.kernel.width, "] and ", s.groups, " groups");
-    packed_ = static_cast<const char*>(weight_q.data_ptr());
+             s.group_channels(), ", ", s.kernel.height, ", ", s.kernel.width, "] and groups ", s.groups);
+    s = dense;
+    packed_ = data;
   }
 
   void reorder(const Tensor& weight_q, const Conv2dShape& s) {

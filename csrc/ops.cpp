@@ -59,7 +59,8 @@ STABLE_TORCH_LIBRARY(bigkern, m) {
       "str? activation=None, ScalarType? out_dtype=None) -> Tensor");
   // x [N, C, H, W], with the images in the order [N, H, W, C] if channels_last, as then the output. weight_q
   // [O, C / groups, kH, kW], or packed: pack_weight of each group's [O / groups, kH * kW * C / groups], one after
-  // another. padding: top, bottom, left, right. x_scale has one element, or one for each image.
+  // another; small groups as one, with zeros where they don't meet. padding: top, bottom, left, right. x_scale has one
+  // element, or one for each image.
   m.def(
       "int8_conv2d(Tensor x, Tensor weight_q, Tensor weight_scale, Tensor? bias=None, Tensor? x_scale=None, *, "
       "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups=1, str? activation=None, "

@@ -97,11 +97,15 @@ def test_any_strides():
     assert torch.equal(pack_conv2d_weight(strided), pack_conv2d_weight(weight_q))
 
 
-@pytest.mark.parametrize("groups", [1, 3])
-def test_packing_is_reversible(groups):
-    weight_q, _ = make_weight(51, 15, (2, 3), groups)
+# Groups, and outputs of a group: those that are packed as one, by up to 16, and those that aren't.
+@pytest.mark.parametrize(("groups", "outputs"), [(1, 51), (3, 17), (34, 1), (23, 1), (6, 2)])
+def test_small_groups(groups, outputs):
+    weight_q, scale = make_weight(groups * outputs, groups * 3, (2, 3), groups)
     packed = pack_conv2d_weight(weight_q, groups)
     assert torch.equal(unpack_conv2d_weight(packed, weight_q.shape, groups), weight_q)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, groups * 3, 5, 6).contiguous(memory_format=memory_format)
+        assert_like_reference(x, weight_q, scale, groups=groups)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

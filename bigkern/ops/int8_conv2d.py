@@ -107,17 +107,37 @@ def pack_conv2d_weight(weight_q: Tensor, groups: int = 1) -> Tensor:
             f"weight_q must have shape [O, C / groups, kH, kW] with groups, {groups}, that divide "
             f"O, got {shape}"
         )
-    rows = weight_q.permute(0, 2, 3, 1).flatten(1)  # [O, kH * kW * C / groups]
-    return torch.cat([pack_weight(group) for group in rows.chunk(groups)])
+    outputs, *shape = weight_q.shape
+    merged = _merged(outputs // groups, groups)
+    if merged > 1:
+        dense = weight_q.new_zeros(groups // merged, merged, outputs // groups, merged, *shape)
+        diagonal = torch.arange(merged, device=weight_q.device)
+        dense[:, diagonal, :, diagonal] = weight_q.view(*dense.shape[:3], *shape).transpose(0, 1)
+        weight_q = dense.flatten(3, 4).flatten(0, 2)
+    rows = weight_q.permute(0, 2, 3, 1).flatten(1)  # [O, kH * kW * C * merged / groups]
+    return torch.cat([pack_weight(dense) for dense in rows.chunk(groups // merged)])
 
 
 def unpack_conv2d_weight(packed: Tensor, shape: torch.Size, groups: int = 1) -> Tensor:
     """The plain weight of this shape."""
     outputs, C, kH, kW = shape
+    merged = _merged(outputs // groups, groups)
     unpack = backends.select("unpack_weight", packed.device.type).unpack_weight.default
-    N, K = outputs // groups, C * kH * kW
-    rows = torch.cat([unpack(group, N, K) for group in packed.chunk(groups)])
-    return rows.view(outputs, kH, kW, C).permute(0, 3, 1, 2).contiguous()
+    N, K = merged * outputs // groups, kH * kW * C * merged
+    rows = torch.cat([unpack(dense, N, K) for dense in packed.chunk(groups // merged)])
+    blocks = rows.view(groups // merged, merged, outputs // groups, kH, kW, merged, C)
+    diagonal = torch.arange(merged, device=packed.device)
+    weight_q = blocks[:, diagonal, :, :, :, diagonal].transpose(
+        0, 1
+    )  # [..., O / groups, kH, kW, C]
+    return weight_q.flatten(0, 2).permute(0, 3, 1, 2).contiguous()
+
+
+def _merged(group_outputs: int, groups: int) -> int:
+    """How many small groups are packed as one, with zeros where they don't meet: the kernels
+    multiply 16 outputs at once anyway, and so needn't read the input for each group."""
+    most = max(16 // max(group_outputs, 1), 1)
+    return max(n for n in range(1, most + 1) if groups % n == 0)
 
 
 def _pair(name: str, value: Pair) -> list[int]:

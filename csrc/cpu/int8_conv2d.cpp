@@ -211,7 +211,7 @@ Tensor int8_conv2d_op(Tensor x, Tensor weight_q, Tensor weight_scale, OptionalTe
   TensorList keep;
   BK_CHECK(weight_scale.dim() == 1, "weight_scale must have shape [O], got ", shape(weight_scale));
   const int64_t O = weight_scale.size(0);
-  const Conv2dShape s = read_conv2d_shape(x, O, kernel_size, stride, padding, dilation, groups);
+  Conv2dShape s = read_conv2d_shape(x, O, kernel_size, stride, padding, dilation, groups);
   const Conv2dWeight weight(weight_q, x, s);
   FloatRows scales;
   if (x_scale) read_image_scale(*x_scale, x, scales, keep);
