@@ -40,7 +40,9 @@ def sample(call: Callable[[], object], calls: int, device: str) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def alternate(benchmark, contenders: dict[str, Callable[[], object]], device: str) -> None:
+def alternate(
+    benchmark, contenders: dict[str, Callable[[], object]], device: str, rounds: int = ROUNDS
+) -> None:
     """Times the contenders in turn; leaves their quartiles in ms in extra_info."""
     calls = {}
     for name, call in contenders.items():
@@ -52,7 +54,7 @@ def alternate(benchmark, contenders: dict[str, Callable[[], object]], device: st
         for name, call in contenders.items():
             times[name].append(1e3 * sample(call, calls[name], device))
 
-    benchmark.pedantic(one_round, rounds=ROUNDS)
+    benchmark.pedantic(one_round, rounds=rounds)
     benchmark.extra_info["quartiles_ms"] = {
         name: statistics.quantiles(values, n=4) for name, values in times.items()
     }

@@ -1,12 +1,13 @@
 // The inner step of int8 products for each instruction set, under one set of names: a register Reg of kCols int32 sums,
-// one for each column; Right, a group of four rows of B by kCols columns; Left, four elements of a row of A.
+// one for each column; Right, a group of four rows of B by kCols columns; dot(), which adds to N sums the products of
+// four elements of a row of A, and N such groups. kRows by kRegs sums are kept in registers.
 //
 // B is b + 128 in uint8. Two ways to multiply it:
 // - by bytes, vpdpbusd (VNNI): a . (b + 128), four products a lane.
 // - by pair sums, without VNNI: vpmaddubsw saturates, so 16 bits it must be, and of two vpmaddwd for four products one
 //   is saved by Winograd's identity (1968), x0 y0 + x1 y1 = (x0 + y1) (x1 + y0) - x0 x1 - y0 y1. Additions of words
 //   run on more ports. The last two terms are sums over a row of A or a column of B, counted when those are packed.
-// All is modulo 2^32. Assembly where GCC 12 would keep the sums on the stack.
+// All is modulo 2^32. Assembly where GCC 12 keeps sums on the stack.
 #pragma once
 
 #include <cstring>
@@ -34,7 +35,6 @@ struct Int8Dot {
   struct Reg {
     uint32_t lanes[kCols];
   };
-  using Left = const int8_t*;
   using Right = const uint8_t*;
   static Reg load(const int32_t* p) { return read_as<Reg>(reinterpret_cast<const char*>(p)); }
   static void store(int32_t* p, const Reg& a) { std::memcpy(p, &a, sizeof(a)); }
@@ -43,11 +43,11 @@ struct Int8Dot {
     for (uint32_t& lane : reg.lanes) lane = a;
     return reg;
   }
-  static Left load_left(const char* p) { return reinterpret_cast<const int8_t*>(p); }
   static Right load_right(const char* p) { return reinterpret_cast<const uint8_t*>(p); }
-  static void dot(Reg& sum, Left a, const Right& b) {
+  static void dot(Reg (&sum)[1], const char* left, const Right (&b)[1]) {
+    const int8_t* a = reinterpret_cast<const int8_t*>(left);
     for (int j = 0; j < kCols; ++j) {
-      for (int r = 0; r < kGroupDepth; ++r) sum.lanes[j] += a[r] * b[j * kGroupDepth + r];
+      for (int r = 0; r < kGroupDepth; ++r) sum[0].lanes[j] += a[r] * b[0][j * kGroupDepth + r];
     }
   }
 };
@@ -64,18 +64,13 @@ struct Int8Dot {
   static constexpr LeftFormat kLeft = LeftFormat::kPairSums;
   static constexpr int kCols = 8, kRows = 4, kRegs = 2;
   using Reg = __m256i;
-  struct Pair {
+  struct Right {
     __m256i even, odd;  // int16
   };
-  using Left = Pair;
-  using Right = Pair;
   BK_DOT Reg load(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   BK_DOT void store(int32_t* p, Reg a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
   BK_DOT Reg set(int32_t a) { return _mm256_set1_epi32(a); }
   BK_DOT Reg add(Reg a, Reg b) { return _mm256_add_epi32(a, b); }
-  BK_DOT Left load_left(const char* p) {
-    return {_mm256_set1_epi32(read_as<int32_t>(p)), _mm256_set1_epi32(read_as<int32_t>(p + 4))};
-  }
   BK_DOT Right load_right(const char* p) {
     const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return {_mm256_and_si256(b, _mm256_set1_epi16(255)), _mm256_srli_epi16(b, 8)};
@@ -88,14 +83,27 @@ struct Int8Dot {
     return {_mm256_load_si256(reinterpret_cast<const __m256i*>(p)),
             _mm256_load_si256(reinterpret_cast<const __m256i*>(p) + 1)};
   }
-  BK_DOT void dot(Reg& sum, const Left& a, const Right& b) {
-    __m256i x, y;
-    asm("vpaddw %4, %3, %1\n\t"
-        "vpaddw %6, %5, %2\n\t"
-        "vpmaddwd %1, %2, %1\n\t"
-        "vpaddd %1, %0, %0"
-        : "+x"(sum), "=&x"(x), "=&x"(y)
-        : "x"(a.even), "xm"(b.odd), "x"(a.odd), "xm"(b.even));
+  BK_DOT void dot(Reg (&sum)[1], const char* left, const Right (&b)[1]) {
+    const __m256i x = _mm256_add_epi16(_mm256_set1_epi32(read_as<int32_t>(left)), b[0].odd);
+    const __m256i y = _mm256_add_epi16(_mm256_set1_epi32(read_as<int32_t>(left + 4)), b[0].even);
+    sum[0] = _mm256_add_epi32(sum[0], _mm256_madd_epi16(x, y));
+  }
+  BK_DOT void dot(Reg (&sum)[2], const char* left, const Right (&b)[2]) {
+    using Four = const char[4];
+    __m256i even, odd, x, y;
+    asm("vpbroadcastd %6, %2\n\t"
+        "vpbroadcastd %7, %3\n\t"
+        "vpaddw %9, %2, %4\n\t"
+        "vpaddw %8, %3, %5\n\t"
+        "vpmaddwd %4, %5, %4\n\t"
+        "vpaddw %11, %2, %2\n\t"
+        "vpaddw %10, %3, %3\n\t"
+        "vpaddd %4, %0, %0\n\t"
+        "vpmaddwd %2, %3, %2\n\t"
+        "vpaddd %2, %1, %1"
+        : "+x"(sum[0]), "+x"(sum[1]), "=&x"(even), "=&x"(odd), "=&x"(x), "=&x"(y)
+        : "m"(*reinterpret_cast<Four*>(left)), "m"(*reinterpret_cast<Four*>(left + 4)), "x"(b[0].even), "x"(b[0].odd),
+          "x"(b[1].even), "x"(b[1].odd));
   }
 };
 
@@ -119,14 +127,9 @@ struct Int8Sums {
 struct Int8Dot : Int8Sums {
   static constexpr LeftFormat kLeft = LeftFormat::kPairSums;
   static constexpr int kRegs = 2;
-  struct Pair {
+  struct Right {
     __m512i even, odd;  // int16
   };
-  using Left = Pair;
-  using Right = Pair;
-  BK_DOT Left load_left(const char* p) {
-    return {_mm512_set1_epi32(read_as<int32_t>(p)), _mm512_set1_epi32(read_as<int32_t>(p + 4))};
-  }
   BK_DOT Right load_right(const char* p) {
     const __m512i b = _mm512_loadu_si512(p);
     return {_mm512_and_si512(b, _mm512_set1_epi16(255)), _mm512_srli_epi16(b, 8)};
@@ -136,31 +139,41 @@ struct Int8Dot : Int8Sums {
     _mm512_store_si512(p + 64, b.odd);
   }
   BK_DOT Right load_wide(const char* p) { return {_mm512_load_si512(p), _mm512_load_si512(p + 64)}; }
-  BK_DOT void dot(Reg& sum, const Left& a, const Right& b) {
-    __m512i x, y;
-    asm("vpaddw %4, %3, %1\n\t"
-        "vpaddw %6, %5, %2\n\t"
-        "vpmaddwd %1, %2, %1\n\t"
-        "vpaddd %1, %0, %0"
-        : "+v"(sum), "=&v"(x), "=&v"(y)
-        : "v"(a.even), "vm"(b.odd), "v"(a.odd), "vm"(b.even));
+  template <int N>
+  BK_DOT void dot(Reg (&sum)[N], const char* left, const Right (&b)[N]) {
+    const __m512i even = _mm512_set1_epi32(read_as<int32_t>(left)), odd = _mm512_set1_epi32(read_as<int32_t>(left + 4));
+#pragma GCC unroll 2
+    for (int j = 0; j < N; ++j) {
+      const __m512i x = _mm512_add_epi16(even, b[j].odd), y = _mm512_add_epi16(odd, b[j].even);
+      sum[j] = _mm512_add_epi32(sum[j], _mm512_madd_epi16(x, y));
+    }
   }
-};
-
-struct Int8Vnni : Int8Sums {
-  static constexpr LeftFormat kLeft = LeftFormat::kBytes;
-  static constexpr int kRegs = 4;
-  using Left = __m512i;
-  using Right = __m512i;
-  BK_DOT Left load_left(const char* p) { return _mm512_set1_epi32(read_as<int32_t>(p)); }
-  BK_DOT Right load_right(const char* p) { return _mm512_loadu_si512(p); }
-  // Assembly also so that the set needn't be a target.
-  BK_DOT void dot(Reg& sum, Left a, Right b) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(b), "v"(a)); }
 };
 
 #undef BK_DOT
 
 }  // namespace avx512
+
+namespace avx512_vnni {
+
+#define BK_DOT BK_TARGET_AVX512_VNNI __attribute__((always_inline)) static inline
+
+struct Int8Dot : avx512::Int8Sums {
+  static constexpr LeftFormat kLeft = LeftFormat::kBytes;
+  static constexpr int kRegs = 4;
+  using Right = __m512i;
+  BK_DOT Right load_right(const char* p) { return _mm512_loadu_si512(p); }
+  template <int N>
+  BK_DOT void dot(Reg (&sum)[N], const char* left, const Right (&b)[N]) {
+    const __m512i a = _mm512_set1_epi32(read_as<int32_t>(left));
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) sum[j] = _mm512_dpbusd_epi32(sum[j], b[j], a);
+  }
+};
+
+#undef BK_DOT
+
+}  // namespace avx512_vnni
 
 #endif
 

@@ -18,6 +18,9 @@ struct Int8Block {
   int num_panels;
   const char* panels[kTilePanels];
   char* wide;  // room for kTilePanels of the block in int16
+  // Where the results will be written next, to be fetched during the product; nullptr: not next.
+  const char* out;
+  int64_t out_row, out_bytes;  // from row to row, and of a row
 };
 
 using Int8Multiply = void (*)(const Int8Block&, int32_t* tile);
@@ -26,6 +29,18 @@ using Int8Multiply = void (*)(const Int8Block&, int32_t* tile);
 
 #define BK_KERNELS "int8_gemm_kernels.h"
 #include "each_isa.h"
+
+#if defined(__x86_64__)
+namespace bigkern::avx512_vnni {
+#define BK_TARGET BK_TARGET_AVX512_VNNI
+#include BK_KERNELS
+#undef BK_TARGET
+}  // namespace bigkern::avx512_vnni
+#else
+namespace bigkern {
+namespace avx512_vnni = scalar;
+}
+#endif
 
 namespace bigkern {
 
@@ -43,7 +58,8 @@ Int8Kernels kernels_of(Int8Multiply multiply) {
 }
 
 Int8Kernels choose_kernels() {
-  if (isa() >= Isa::kAvx512Vnni) return kernels_of<avx512::Int8Vnni>(&avx512::int8_multiply<avx512::Int8Vnni>);
+  if (isa() >= Isa::kAvx512Vnni)
+    return kernels_of<avx512_vnni::Int8Dot>(&avx512_vnni::int8_multiply<avx512_vnni::Int8Dot>);
   return select(kernels_of<scalar::Int8Dot>(&scalar::int8_multiply<scalar::Int8Dot>),
                 kernels_of<avx2::Int8Dot>(&avx2::int8_multiply<avx2::Int8Dot>),
                 kernels_of<avx512::Int8Dot>(&avx512::int8_multiply<avx512::Int8Dot>));
@@ -79,9 +95,12 @@ class Int8Driver {
         kernels_(choose_kernels()),
         left_row_(shape_.num_groups() * left_group_bytes(kernels_.left)) {
     if (gemm.batch * gemm.rows == 0 || gemm.cols == 0) return;
-    // More units than threads share the work better, but B may be read by several of them only if it is packed.
-    const int64_t wanted = kUnitsPerThread * torch::stable::get_num_threads();
-    const int64_t splits = gemm.panels == nullptr ? 1 : ceil_div(wanted, gemm.batch * ceil_div(gemm.cols, kTileCols));
+    // More units than threads share the work better where it can't be shared evenly; but only a packed B may be read by
+    // several of them.
+    const int64_t num_threads = torch::stable::get_num_threads();
+    const int64_t num_tiles = gemm.batch * ceil_div(gemm.cols, kTileCols);
+    const bool is_even = gemm.panels == nullptr || num_tiles % num_threads == 0;
+    const int64_t splits = is_even ? 1 : ceil_div(kUnitsPerThread * num_threads, num_tiles);
     const int64_t num_blocks =
         std::max(ceil_div(gemm.rows, kMostRows), std::clamp<int64_t>(gemm.rows / kLeastRows, 1, splits));
     rows_of_unit_ = round_up(ceil_div(gemm.rows, num_blocks), kernels_.rows);
@@ -185,6 +204,12 @@ class Int8Driver {
       block.row_begin = q == 0 ? row_begin : nullptr;
       block.num_panels = ceil_div(unit.num_cols, kPanelCols);
       block.wide = wide;
+      if (gemm_.out != nullptr && q + 1 == shape_.num_blocks()) {
+        block.out = static_cast<char*>(gemm_.out) +
+                    ((unit.b * gemm_.rows + unit.i_begin) * gemm_.cols + unit.j_begin) * gemm_.out_bytes;
+        block.out_row = gemm_.cols * gemm_.out_bytes;
+        block.out_bytes = unit.num_cols * gemm_.out_bytes;
+      }
       for (int p = 0; p < block.num_panels; ++p) {
         const int64_t j = unit.j_begin + p * kPanelCols;
         if (panels != nullptr) {

@@ -27,6 +27,9 @@ struct Int8Gemm {
   // B: the panels of a packed weight, of one entry, or else the plain matrix of an entry.
   const char* panels = nullptr;
   std::function<Int8Matrix(int64_t b)> plain;
+  // Where finish() writes: [batch, rows, cols], of elements of out_bytes. nullptr: in another order.
+  void* out = nullptr;
+  int64_t out_bytes = 0;
   // Takes the finished sums of a unit. Is called once for each element of C, by any thread.
   std::function<void(const Int8Unit& unit, const int32_t* tile)> finish;
 };

@@ -35,11 +35,7 @@ BK_TARGET void int8_micro(int64_t groups, const char* a, const char* const* b_be
       b[j] += b_step;
     }
 #pragma GCC unroll 6
-    for (int i = 0; i < M; ++i) {
-      const typename D::Left a_reg = D::load_left(a + i * kLeftBytes);
-#pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) D::dot(sum[i][j], a_reg, b_reg[j]);
-    }
+    for (int i = 0; i < M; ++i) D::dot(sum[i], a + i * kLeftBytes, b_reg);
   }
 #pragma GCC unroll 6
   for (int i = 0; i < M; ++i) {
@@ -122,6 +118,11 @@ BK_TARGET void int8_multiply(const Int8Block& block, int32_t* tile) {
       Int8Micro micro = int8_micro_of<D, false>(rows, regs);
       if constexpr (kCanWiden) {
         if (is_wide) micro = int8_micro_of<D, true>(rows, regs);
+      }
+      if (first == 0 && block.out != nullptr) {
+        for (int64_t r = i; r < i + rows; ++r) {
+          for (int64_t j = 0; j < block.out_bytes; j += 64) __builtin_prefetch(block.out + r * block.out_row + j, 1);
+        }
       }
       micro(groups, block.left + i * groups * left_group_bytes(D::kLeft), b, b_step, col_begin,
             block.row_begin == nullptr ? nullptr : block.row_begin + i, tile + i * kTileCols + first * D::kCols);

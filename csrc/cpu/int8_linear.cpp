@@ -45,6 +45,8 @@ Tensor int8_linear_op(Tensor x, Tensor weight_q, Tensor weight_scale, OptionalTe
   gemm.depth = rows.cols;
   gemm.cols = N;
   gemm.panels = weight.panels;
+  gemm.out = problem.out;
+  gemm.out_bytes = dtype == ScalarType::Float ? 4 : 2;
   gemm.plain = [&](int64_t) { return weight.plain; };
   gemm.row_of = [&, quantize_row = quantize_row_kernel(rows.dtype)](int64_t, int64_t i, int8_t* scratch) {
     scales[i] = quantize_row(rows, i, scratch);

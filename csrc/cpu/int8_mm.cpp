@@ -32,6 +32,8 @@ Tensor int8_mm_op(Tensor a, Tensor b) {
       return Int8Matrix{matrix.data + entry * step, matrix.row, matrix.col};
     };
   };
+  gemm.out = out.data_ptr();
+  gemm.out_bytes = sizeof(int32_t);
   gemm.plain = matrix_of(b);
   gemm.row_of = [a_of = matrix_of(a)](int64_t entry, int64_t i, int8_t*) {
     const Int8Matrix matrix = a_of(entry);

@@ -6,6 +6,7 @@
 #define BK_TARGET_SCALAR
 #define BK_TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
 #define BK_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")))
+#define BK_TARGET_AVX512_VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")))
 
 namespace bigkern {
 

@@ -5,14 +5,23 @@ template <class V, class T>
 BK_TARGET float largest_magnitude(const T* x, int64_t n) {
   using Reg = typename V::Reg;
   const Reg zero = V::set(0);
-  Reg largest = zero, nothing = zero;  // nothing: x * 0, which is NaN for the others
+  constexpr int kSums = 4;  // hide the latency
+  Reg largest[kSums] = {zero, zero, zero, zero};
+  Reg nothing[kSums] = {zero, zero, zero, zero};  // of x * 0, which is NaN for the others
   int64_t k = 0;
-  for (; k + V::kWidth <= n; k += V::kWidth) {
-    const Reg v = V::load(x + k);
-    largest = V::max(largest, V::max(v, V::sub(zero, v)));
-    nothing = V::fma(v, zero, nothing);
+  for (; k + kSums * V::kWidth <= n; k += kSums * V::kWidth) {
+#pragma GCC unroll 4
+    for (int s = 0; s < kSums; ++s) {
+      const Reg v = V::load(x + k + s * V::kWidth);
+      largest[s] = V::max(largest[s], V::max(v, V::sub(zero, v)));
+      nothing[s] = V::fma(v, zero, nothing[s]);
+    }
   }
-  float result = V::reduce_max(largest), rest = V::sum(nothing);
+  float result = 0, rest = 0;
+  for (int s = 0; s < kSums; ++s) {
+    result = std::max(result, V::reduce_max(largest[s]));
+    rest += V::sum(nothing[s]);
+  }
   for (; k < n; ++k) {
     const float v = static_cast<float>(x[k]);
     result = std::max(result, std::fabs(v));
