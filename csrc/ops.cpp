@@ -45,6 +45,8 @@ STABLE_TORCH_LIBRARY(bigkern, m) {
 
   // a [M, K] or [B, M, K], b [K, N] or [B, K, N], int8, to int32.
   m.def("int8_mm(Tensor a, Tensor b) -> Tensor");
+  // The product times row_scale [M], in float32 or out_dtype.
+  m.def("int8_scaled_mm(Tensor a, Tensor b, Tensor row_scale, *, ScalarType? out_dtype=None) -> Tensor");
   // To int8 and the scale of each row, float32. static_scale has one element, or one for each row.
   m.def("quantize_rows(Tensor x, Tensor? static_scale=None) -> (Tensor values, Tensor scale)");
   // The same of x * factor, [K] over the columns, rounded at random by philox, (seed, offset), but right on average.

@@ -108,7 +108,7 @@ def test_product_of_many_rows(device, shape, layout):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize(("a", "b"), itertools.product((-128, 127), repeat=2))
+@pytest.mark.parametrize(("a", "b"), list(itertools.product((-128, 127), repeat=2)))
 def test_longest_sums_that_fit_int32(device, a, b):
     """Also those of the smallest and largest products, which overflow 16 bits at each step."""
     K = 131_071

@@ -50,18 +50,17 @@ def gradients(function, x, bias):
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_without_graph_breaks(backend):
     weight, scale = quantized()
-    packed = bigkern.pack_weight(weight)
+    packed, other = bigkern.pack_weight(weight), quantized(20, 20)
 
     def function(x, bias):
         y = bigkern.int8_linear(x, packed, scale, bias, activation="silu", x_scale=0.03)
-        y = bigkern.int8_linear(2 * y @ torch.ones(20, 70), weight, scale)
-        return y + bigkern.weight_only_linear(x, weight, scale, bias)
+        return bigkern.int8_linear(y, *other) + bigkern.weight_only_linear(x, weight, scale, bias)
 
     compiled = torch.compile(function, fullgraph=True, backend=backend)
     x, bias = torch.randn(3, 70, requires_grad=True), torch.randn(20, requires_grad=True)
     actual, expected = gradients(compiled, x, bias), gradients(function, x, bias)
     for a, b in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a / b.abs().max(), b / b.abs().max())
 
 
 def test_compile_for_sizes_that_change():

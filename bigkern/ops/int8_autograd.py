@@ -79,11 +79,16 @@ class Int8Linear(torch.autograd.Function):
         return grad_x, None, None, grad_bias, None, None, None
 
 
+def _silu_grad(grad: Tensor, x: Tensor) -> Tensor:
+    sigmoid = x.sigmoid()  # torch's silu_backward can't be differentiated
+    return grad * sigmoid * (1 + x * (1 - sigmoid))
+
+
 _ACTIVATION_GRADS = {
     "relu": lambda grad, x: torch.ops.aten.threshold_backward(grad, x, 0),
     "gelu": torch.ops.aten.gelu_backward,
     "gelu_tanh": lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="tanh"),
-    "silu": torch.ops.aten.silu_backward,
+    "silu": _silu_grad,
 }
 
 

@@ -95,11 +95,11 @@ struct Int8Dot {
         "vpbroadcastd %7, %3\n\t"
         "vpaddw %9, %2, %4\n\t"
         "vpaddw %8, %3, %5\n\t"
-        "vpmaddwd %4, %5, %4\n\t"
         "vpaddw %11, %2, %2\n\t"
         "vpaddw %10, %3, %3\n\t"
-        "vpaddd %4, %0, %0\n\t"
+        "vpmaddwd %4, %5, %4\n\t"
         "vpmaddwd %2, %3, %2\n\t"
+        "vpaddd %4, %0, %0\n\t"
         "vpaddd %2, %1, %1"
         : "+x"(sum[0]), "+x"(sum[1]), "=&x"(even), "=&x"(odd), "=&x"(x), "=&x"(y)
         : "m"(*reinterpret_cast<Four*>(left)), "m"(*reinterpret_cast<Four*>(left + 4)), "x"(b[0].even), "x"(b[0].odd),

@@ -3,11 +3,11 @@
 // B is fetched so far ahead, beyond the end of a page, where the hardware stops by itself.
 constexpr int64_t kPrefetchBytes = 2048;
 
-// C [M, N registers] of one block, from `row_begin` [M] on, or where that is nullptr from what the tile has. A register
-// j of B begins at b[j]; a group is followed by the next after b_step bytes.
+// C [M, N registers] of one block, from `row_begin` [M] on, or where that is nullptr from what the tile has. Register j
+// of B begins at b[j]; if it was widened, all are together at b[0].
 template <class D, int M, int N, bool kWide>
-BK_TARGET void int8_micro(int64_t groups, const char* a, const char* const* b_begin, int64_t b_step,
-                          const int32_t* const* col_begin, const int32_t* row_begin, int32_t* tile) {
+BK_TARGET void int8_micro(int64_t groups, const char* a, const char* const* b_begin, const int32_t* const* col_begin,
+                          const int32_t* row_begin, int32_t* tile) {
   constexpr int64_t kLeftBytes = left_group_bytes(D::kLeft);
   typename D::Reg sum[M][N];
 #pragma GCC unroll 6
@@ -27,13 +27,14 @@ BK_TARGET void int8_micro(int64_t groups, const char* a, const char* const* b_be
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) {
       if constexpr (kWide) {
-        b_reg[j] = D::load_wide(b[j]);
+        b_reg[j] = D::load_wide(b[0] + j * sizeof(typename D::Right));
       } else {
         b_reg[j] = D::load_right(b[j]);
-        __builtin_prefetch(b[j] + kPrefetchBytes);
+        if (j % (kPanelCols / D::kCols) == 0) __builtin_prefetch(b[j] + kPrefetchBytes);
+        b[j] += kGroupBytes;
       }
-      b[j] += b_step;
     }
+    if constexpr (kWide) b[0] += N * sizeof(typename D::Right);
 #pragma GCC unroll 6
     for (int i = 0; i < M; ++i) D::dot(sum[i], a + i * kLeftBytes, b_reg);
   }
@@ -44,8 +45,7 @@ BK_TARGET void int8_micro(int64_t groups, const char* a, const char* const* b_be
   }
 }
 
-using Int8Micro = void (*)(int64_t, const char*, const char* const*, int64_t, const int32_t* const*, const int32_t*,
-                           int32_t*);
+using Int8Micro = void (*)(int64_t, const char*, const char* const*, const int32_t* const*, const int32_t*, int32_t*);
 
 template <class D, int N, bool kWide>
 Int8Micro int8_micro_of(int rows) {
@@ -92,7 +92,6 @@ BK_TARGET void int8_multiply(const Int8Block& block, int32_t* tile) {
     const int regs = std::min(D::kRegs, num_regs - first);
     const char* b[D::kRegs];
     const int32_t* col_begin[D::kRegs];
-    int64_t b_step = kGroupBytes;
     for (int j = 0; j < regs; ++j) {
       const int reg = first + j;
       const char* panel = block.panels[reg / kRegsOfPanel];
@@ -102,11 +101,10 @@ BK_TARGET void int8_multiply(const Int8Block& block, int32_t* tile) {
     if constexpr (kCanWiden) {
       if (is_wide) {
         constexpr int64_t kRegBytes = sizeof(typename D::Right);
-        b_step = regs * kRegBytes;
         for (int j = 0; j < regs; ++j) {
           char* to = block.wide + j * kRegBytes;
           for (int64_t g = 0; g < groups; ++g) {
-            D::store_wide(to + g * b_step, D::load_right(b[j] + g * kGroupBytes));
+            D::store_wide(to + g * regs * kRegBytes, D::load_right(b[j] + g * kGroupBytes));
             __builtin_prefetch(b[j] + g * kGroupBytes + kPrefetchBytes);
           }
           b[j] = to;
@@ -124,7 +122,7 @@ BK_TARGET void int8_multiply(const Int8Block& block, int32_t* tile) {
           for (int64_t j = 0; j < block.out_bytes; j += 64) __builtin_prefetch(block.out + r * block.out_row + j, 1);
         }
       }
-      micro(groups, block.left + i * groups * left_group_bytes(D::kLeft), b, b_step, col_begin,
+      micro(groups, block.left + i * groups * left_group_bytes(D::kLeft), b, col_begin,
             block.row_begin == nullptr ? nullptr : block.row_begin + i, tile + i * kTileCols + first * D::kCols);
     }
   }

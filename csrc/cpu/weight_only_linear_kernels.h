@@ -16,12 +16,16 @@ BK_TARGET void weight_only_micro(const WeightOnlyProblem& problem, int64_t i, in
     weight[c] = problem.weight + (j + c) * depth;
     scale[c] = problem.weight_scale + (j + c) * problem.num_groups;
   }
-  Reg sum[M][N];
-  float rest[M][N] = {};  // of what doesn't fill a register
+  // Several sums even where a register is one number: rounding errors grow with the length of a sum.
+  constexpr int kParts = V::kWidth == 1 ? 8 : 1, kStep = kParts * V::kWidth;
+  Reg sum[M][N][kParts];
+  float rest[M][N][kStep] = {};  // of what doesn't fill the registers
 #pragma GCC unroll 4
   for (int r = 0; r < M; ++r) {
 #pragma GCC unroll 4
-    for (int c = 0; c < N; ++c) sum[r][c] = V::set(0);
+    for (int c = 0; c < N; ++c) {
+      for (int p = 0; p < kParts; ++p) sum[r][c][p] = V::set(0);
+    }
   }
   for (int64_t g = 0; g < problem.num_groups; ++g) {
     const int64_t end = std::min(depth, (g + 1) * problem.group_size);
@@ -29,26 +33,31 @@ BK_TARGET void weight_only_micro(const WeightOnlyProblem& problem, int64_t i, in
     Reg s[N];
 #pragma GCC unroll 4
     for (int c = 0; c < N; ++c) s[c] = V::set(kGrouped ? scale[c][g] : 1);
-    for (; k + V::kWidth <= end; k += V::kWidth) {
+    for (; k + kStep <= end; k += kStep) {
+#pragma GCC unroll 8
+      for (int p = 0; p < kParts; ++p) {
+        const int64_t at = k + p * V::kWidth;
 #pragma GCC unroll 4
-      for (int c = 0; c < N; ++c) {
-        Reg w = load_int<V>(weight[c] + k);
-        if constexpr (kGrouped) w = V::mul(w, s[c]);
+        for (int c = 0; c < N; ++c) {
+          Reg w = load_int<V>(weight[c] + at);
+          if constexpr (kGrouped) w = V::mul(w, s[c]);
 #pragma GCC unroll 4
-        for (int r = 0; r < M; ++r) sum[r][c] = V::fma(V::load(x[r] + k), w, sum[r][c]);
+          for (int r = 0; r < M; ++r) sum[r][c][p] = V::fma(V::load(x[r] + at), w, sum[r][c][p]);
+        }
       }
     }
     for (; k < end; ++k) {
       for (int c = 0; c < N; ++c) {
         const float w = kGrouped ? weight[c][k] * scale[c][g] : weight[c][k];
-        for (int r = 0; r < M; ++r) rest[r][c] += x[r][k] * w;
+        for (int r = 0; r < M; ++r) rest[r][c][k % kStep] += x[r][k] * w;
       }
     }
   }
   T* out = static_cast<T*>(problem.out);
   for (int r = 0; r < M; ++r) {
     for (int c = 0; c < N; ++c) {
-      float y = V::sum(sum[r][c]) + rest[r][c];
+      float y = 0;
+      for (int p = 0; p < kParts; ++p) y += V::sum(V::add(sum[r][c][p], V::load(rest[r][c] + p * V::kWidth)));
       if constexpr (!kGrouped) y *= scale[c][0];
       if (problem.bias != nullptr) y += problem.bias[j + c];
       out[(i + r) * problem.cols + j + c] = static_cast<T>(y);
