@@ -5,14 +5,20 @@ from torch import Tensor
 
 from bigkern import backends
 from bigkern.ops.int8_autograd import _fake_quantize_rows
-from bigkern.ops.int8_mm import int8_linear, int8_mm, quantize_rows
+from bigkern.ops.int8_mm import int8_linear, quantize_rows
 from bigkern.ops.reference_int8 import dequantize
 
 GRADS = ("int8", "float")
 # So many products of values from -127 to 127 fit int32.
 MAX_TERMS = (2**31 - 1) // 127**2
 
+
+def _fake_scaled_mm(a, b, row_scale, out_dtype=None):
+    return a.new_empty((a.size(0), b.size(1)), dtype=out_dtype or torch.float32)
+
+
 backends.register("quantize_rows_stochastic", lambda x, philox, factor=None: _fake_quantize_rows(x))
+backends.register("int8_scaled_mm", _fake_scaled_mm)
 
 
 def quantize_rows_stochastic(
@@ -42,15 +48,40 @@ def quantize_rows_stochastic(
     return ops.quantize_rows_stochastic.default(x, philox, factor)
 
 
-def _stochastic_mm(a: Tensor, factor: Tensor, b: Tensor, philox: Tensor) -> Tensor:
-    """(a * factor) @ b on average, for a [M, K], factor [K] and b int8 [K, N]; float32."""
-    total = None
-    for first in range(0, max(a.size(1), 1), MAX_TERMS):
-        terms = slice(first, first + MAX_TERMS)
-        values, scale = quantize_rows_stochastic(a[:, terms], philox + first, factor[terms])
-        product = int8_mm(values, b[terms]) * scale[:, None]
-        total = product if total is None else total + product
-    return total
+def int8_scaled_mm(
+    a: Tensor, b: Tensor, row_scale: Tensor, *, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """``int8_mm(a, b) * row_scale[:, None]`` in one pass.
+
+    Args:
+        a, b: int8 (M, K) and (K, N), of any strides.
+        row_scale: float32 (M).
+        out_dtype: float32, bfloat16 or float16; float32 by default.
+
+    Returns:
+        (M, N): the product, exact as of :func:`int8_mm`, in float32 and rounded once.
+
+    Raises:
+        ValueError: another dtype, shape or device than stated.
+        NotImplementedError: no backend for the device.
+    """
+    ops = backends.select("int8_scaled_mm", a.device.type)
+    return ops.int8_scaled_mm.default(a, b, row_scale, out_dtype=out_dtype)
+
+
+def _stochastic_mm(
+    a: Tensor, factor: Tensor, b: Tensor, philox: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """(a * factor) @ b on average, for a [M, K], factor [K] and b int8 [K, N]."""
+    if a.size(1) > MAX_TERMS:
+        parts = zip(*(x.split(MAX_TERMS) for x in (a.T, factor, b)), strict=True)
+        products = [
+            _stochastic_mm(a_part.T, factor_part, b_part, philox + i, torch.float32)
+            for i, (a_part, factor_part, b_part) in enumerate(parts)
+        ]
+        return torch.stack(products).sum(0).to(dtype)
+    values, scale = quantize_rows_stochastic(a, philox, factor)
+    return int8_scaled_mm(values, b, scale, out_dtype=dtype)
 
 
 class _TrainingLinear(torch.autograd.Function):
@@ -75,19 +106,19 @@ class _TrainingLinear(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         # What is summed over are the rows of Q(W) and Q(x): their scales go to the other factor.
         if needs_x and philox is None:
-            grad_x = grad.float() @ dequantize(weight_q, weight_scale)
-        elif needs_x:
-            grad_x = _stochastic_mm(grad, weight_scale, weight_q, philox[0])  # dY Q(W)  [M, K]
+            grad_x = (grad.float() @ dequantize(weight_q, weight_scale)).to(x.dtype)
+        elif needs_x:  # dY Q(W)  [M, K]
+            grad_x = _stochastic_mm(grad, weight_scale, weight_q, philox[0], x.dtype)
         if needs_weight:
             x_q, x_scale = quantize_rows(x)
+            dtype = ctx.weight_dtype
             if philox is None:
-                grad_weight = grad.T.float() @ dequantize(x_q, x_scale)
-            else:
-                grad_weight = _stochastic_mm(grad.T, x_scale, x_q, philox[1])  # dY^T Q(x)  [N, K]
-            grad_weight = grad_weight.to(ctx.weight_dtype)
+                grad_weight = (grad.T.float() @ dequantize(x_q, x_scale)).to(dtype)
+            else:  # dY^T Q(x)  [N, K]
+                grad_weight = _stochastic_mm(grad.T, x_scale, x_q, philox[1], dtype)
         if needs_bias:
             grad_bias = grad.float().sum(0).to(ctx.bias_dtype)
-        return None if grad_x is None else grad_x.to(x.dtype), grad_weight, grad_bias, *[None] * 4
+        return grad_x, grad_weight, grad_bias, *[None] * 4
 
 
 def int8_training_linear(

@@ -1,4 +1,4 @@
-"""The op of int8_training.py in plain PyTorch: the definition of what backends compute."""
+"""The ops of int8_training.py in plain PyTorch: the definition of what backends compute."""
 
 import math
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bigkern.ops.reference import philox as philox_words
+from bigkern.ops.reference_int8 import int8_mm
 
 
 def uniform(philox: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -28,3 +29,15 @@ def quantize_rows_stochastic(
     scale = torch.where(x.isfinite().all(-1), scale, math.nan)
     steps = (x / scale[:, None] + uniform(philox, x.shape).to(x.device)).floor().clamp(-127, 127)
     return torch.where(scale[:, None] > 0, steps, 0).to(torch.int8), scale
+
+
+def int8_scaled_mm(
+    a: Tensor,
+    b: Tensor,
+    row_scale: Tensor,
+    *,
+    out_dtype: torch.dtype | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """What follows the product of integers is computed in `dtype`."""
+    return (int8_mm(a, b).to(dtype) * row_scale.to(dtype)[:, None]).to(out_dtype or torch.float32)
