@@ -165,6 +165,20 @@ def test_quantize_rounds_half_to_even(device):
     assert scale.tolist() == [1.0]
 
 
+@pytest.mark.parametrize("exponent", [-44, -30, -15, 0, 15, 30])
+def test_quantize_rounds_right_beside_a_half(device, exponent):
+    """Where a quotient that is wrong in its last bit is rounded to the wrong side."""
+    largest = 10.0**exponent * (1 + torch.rand(500, 1, device=device))
+    scale = largest / 127
+    halves = (torch.arange(-127, 127, device=device) + 0.5) * scale
+    up, down = (halves.nextafter(torch.tensor(x, device=device)) for x in (torch.inf, -torch.inf))
+    x = torch.cat([largest, halves, up, down], 1)
+    values, scale = bigkern.quantize_rows(x)
+    expected_values, expected_scale = reference.quantize_rows(x)
+    assert_equal(values, expected_values)
+    assert_equal(scale, expected_scale)
+
+
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("at", [0, 17, 99])
 @pytest.mark.parametrize("dtype", DTYPES)

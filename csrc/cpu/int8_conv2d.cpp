@@ -1,4 +1,4 @@
-// int8_conv2d on the CPU: quantises the images to int8, padded and with the channels of a group adjacent, and
+// int8_conv2d on the CPU: quantizes the images to int8, padded and with the channels of a group adjacent, and
 // multiplies the patches gathered from them.
 #include "../int8_conv2d_call.h"
 #include "int8_epilogue.h"
@@ -24,15 +24,15 @@ namespace bigkern {
 
 namespace {
 
-constexpr double kReadWork = 4, kQuantiseWork = 16;  // of an element, in multiplications
+constexpr double kReadWork = 4, kQuantizeWork = 16;  // of an element, in multiplications
 constexpr int64_t kChannelBlock = 16;
 
 // int8 images [N, groups, padded height, padded width, C / groups] and their scales [N].
-class QuantisedImages {
+class QuantizedImages {
  public:
   // x's rows, of adjacent elements: [N, C] of an image's pixels, or [N, H] of W * C if channels_last. A static scale
   // has one element for each image, or a stride of 0.
-  QuantisedImages(const Conv2dShape& s, const void* x, ScalarType dtype, bool channels_last, const float* static_scale,
+  QuantizedImages(const Conv2dShape& s, const void* x, ScalarType dtype, bool channels_last, const float* static_scale,
                   int64_t static_scale_stride)
       : s_(s),
         scale_(s.batch),
@@ -55,7 +55,7 @@ class QuantisedImages {
     data_ = kept.data();
     if (s.padded_pixels() != s.input_pixels()) std::memset(data_, 0, bytes);
     is_finite_.resize(rows_.rows);
-    channels_last ? quantise_lines() : quantise_planes();
+    channels_last ? quantize_lines() : quantize_planes();
     for (int64_t i = 0; i < rows_.rows; ++i) {
       if (!is_finite_[i]) scale_[i / rows_per_image_] = std::numeric_limits<float>::quiet_NaN();
     }
@@ -90,10 +90,10 @@ class QuantisedImages {
                        s_.group_channels();
   }
 
-  void quantise(int64_t row, int8_t* values) { is_finite_[row] = !std::isnan(quantize_row_(rows_, row, values)); }
+  void quantize(int64_t row, int8_t* values) { is_finite_[row] = !std::isnan(quantize_row_(rows_, row, values)); }
 
   // Blocks of channels of a group: from planes to pixels.
-  void quantise_planes() {
+  void quantize_planes() {
     struct Block {
       int64_t n, g, c, size;
     };
@@ -105,10 +105,10 @@ class QuantisedImages {
         }
       }
     }
-    run_units(blocks, kQuantiseWork * rows_.rows * rows_.cols, [&](const Block& block) {
+    run_units(blocks, kQuantizeWork * rows_.rows * rows_.cols, [&](const Block& block) {
       int8_t* const planes = Workspace::of_this_thread().take<int8_t>(block.size * s_.input_pixels());
       const int64_t first = block.n * s_.channels + block.g * s_.group_channels() + block.c;
-      for (int64_t c = 0; c < block.size; ++c) quantise(first + c, planes + c * s_.input_pixels());
+      for (int64_t c = 0; c < block.size; ++c) quantize(first + c, planes + c * s_.input_pixels());
       // Lines one after another where nothing is between them.
       const int64_t lines = s_.padded.width == s_.input.width ? 1 : s_.input.height;
       const int64_t width = lines == 0 ? 0 : s_.input_pixels() / lines;
@@ -120,14 +120,14 @@ class QuantisedImages {
   }
 
   // Lines of an image, which have all channels.
-  void quantise_lines() {
+  void quantize_lines() {
     std::vector<int64_t> lines(rows_.rows);
     for (int64_t i = 0; i < rows_.rows; ++i) lines[i] = i;
-    run_units(lines, kQuantiseWork * rows_.rows * rows_.cols, [&](int64_t line) {
+    run_units(lines, kQuantizeWork * rows_.rows * rows_.cols, [&](int64_t line) {
       const int64_t n = line / s_.input.height, h = line % s_.input.height;
-      if (s_.groups == 1) return quantise(line, pixel(n, 0, h, 0));
+      if (s_.groups == 1) return quantize(line, pixel(n, 0, h, 0));
       int8_t* const values = Workspace::of_this_thread().take<int8_t>(rows_.cols);
-      quantise(line, values);
+      quantize(line, values);
       for (int64_t g = 0; g < s_.groups; ++g) {
         for (int64_t w = 0; w < s_.input.width; ++w) {
           std::memcpy(pixel(n, g, h, w), values + w * s_.channels + g * s_.group_channels(), s_.group_channels());
@@ -236,7 +236,7 @@ Tensor int8_conv2d_op(Tensor x, Tensor weight_q, Tensor weight_scale, OptionalTe
   const int64_t N = s.batch, H = s.output.height, W = s.output.width;
   Tensor out = torch::stable::new_empty(
       x, channels_last ? std::vector<int64_t>{N, H, W, O} : std::vector<int64_t>{N, O, H, W}, dtype);
-  const QuantisedImages images(s, read_images(x, channels_last, keep), x.scalar_type(), channels_last,
+  const QuantizedImages images(s, read_images(x, channels_last, keep), x.scalar_type(), channels_last,
                                scales.static_scale, scales.static_scale_stride);
   const Conv2dOutput output{s,
                             images.scale().data(),

@@ -30,32 +30,54 @@ BK_TARGET float largest_magnitude(const T* x, int64_t n) {
   return rest == 0 ? result : std::numeric_limits<float>::quiet_NaN();
 }
 
+// x / scale, correctly rounded: by its reciprocal and one correction (Markstein 1990), in a third of a division's time.
+template <class V, bool kByReciprocal>
+BK_TARGET __attribute__((always_inline)) inline typename V::Reg quotient(typename V::Reg x, float scale) {
+  if constexpr (kByReciprocal) {
+    const typename V::Reg reciprocal = V::set(1 / scale), q = V::mul(x, reciprocal);
+    return V::fma(V::fma(q, V::set(-scale), x), reciprocal, q);
+  } else {
+    return V::div(x, V::set(scale));
+  }
+}
+
+template <class V, bool kByReciprocal, bool kSaturates, class T>
+BK_TARGET void quantize(const T* x, int64_t n, float scale, int8_t* values) {
+  using Reg = typename V::Reg;
+  int64_t k = 0;
+  for (; k + V::kWidth <= n; k += V::kWidth) {
+    Reg q = quotient<V, kByReciprocal>(V::load(x + k), scale);
+    if constexpr (kSaturates) {
+      const Reg zero = V::set(0), low = V::set(-127);
+      q = V::max(low, V::sub(zero, V::max(low, V::sub(zero, q))));
+    }
+    store_int8<V>(values + k, q);
+  }
+  for (; k < n; ++k) {
+    const float steps = std::nearbyint(static_cast<float>(x[k]) / scale);
+    values[k] = static_cast<int8_t>(std::min(std::max(steps, -127.0f), 127.0f));
+  }
+}
+
 // scale = max|x| / 127 or static, q = round(x / scale)
 template <class V, class T>
 BK_TARGET float quantize_row(const FloatRows& x, int64_t i, int8_t* values) {
   const T* row = static_cast<const T*>(x.data) + i * x.row;
-  const int64_t n = x.cols;
+  const float largest = largest_magnitude<V>(row, x.cols);
   const bool is_static = x.static_scale != nullptr;
-  const float largest = largest_magnitude<V>(row, n);
   const float scale = std::isnan(largest) ? largest : is_static ? x.scale_of(i) : largest / 127;
   if (!(scale > 0)) {
-    std::memset(values, 0, n);
+    std::memset(values, 0, x.cols);
     return scale;
   }
-  using Reg = typename V::Reg;
-  const Reg s = V::set(scale), low = V::set(-127), zero = V::set(0);
-  int64_t k = 0;
-  if (is_static || largest / scale > 127) {  // saturates; or the scale is denormal, and coarse
-    for (; k + V::kWidth <= n; k += V::kWidth) {
-      const Reg minus = V::max(low, V::sub(zero, V::div(V::load(row + k), s)));
-      store_int8<V>(values + k, V::max(low, V::sub(zero, minus)));
-    }
+  // Of a scale that is denormal, and coarse, there may be more than 127 steps as well. Where the correction of a
+  // quotient is denormal it is too small to matter, if the scale is in this range.
+  const bool saturates = is_static || largest / scale > 127;
+  const bool is_plain = V::kWidth > 1 && scale > 1e-18f && scale < 1e18f && largest / scale < 1e18f;
+  if (is_plain) {
+    (saturates ? quantize<V, true, true, T> : quantize<V, true, false, T>)(row, x.cols, scale, values);
   } else {
-    for (; k + V::kWidth <= n; k += V::kWidth) store_int8<V>(values + k, V::div(V::load(row + k), s));
-  }
-  for (; k < n; ++k) {
-    const float steps = std::nearbyint(static_cast<float>(row[k]) / scale);
-    values[k] = static_cast<int8_t>(std::min(std::max(steps, -127.0f), 127.0f));
+    quantize<V, false, true>(row, x.cols, scale, values);
   }
   return scale;
 }
