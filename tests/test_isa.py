@@ -11,7 +11,15 @@ import torch
 
 ALL = ["scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16"]
 BEST = torch.ops.bigkern.best_cpu_isa()
-OPS = ("adam", "grad_norm", "attention", "int8_mm")
+OPS = (
+    "adam",
+    "grad_norm",
+    "attention",
+    "int8_mm",
+    "int8_conv2d",
+    "int8_scaled_mm",
+    "quantize_rows_stochastic",
+)
 OP_TESTS = [str(Path(__file__).with_name(f"test_{op}.py")) for op in OPS]
 
 

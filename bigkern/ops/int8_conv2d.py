@@ -28,12 +28,12 @@ def int8_conv2d(
     x_scale: Tensor | float | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """:func:`torch.nn.functional.conv2d` of an int8 weight on inputs that are quantised, each image
+    """:func:`torch.nn.functional.conv2d` of an int8 weight on inputs that are quantized, each image
     as :func:`quantize_rows` does a row. The sums of products are exact, and what follows is as in
     :func:`int8_linear`, in float32 and rounded once.
 
     The gradient of x is that of a convolution with the weight that the integers stand for:
-    quantising x counts as the identity. The bias has a gradient too.
+    quantizing x counts as the identity. The bias has a gradient too.
 
     Args:
         x: (N, C, H, W) or (C, H, W), float32, bfloat16 or float16.
@@ -193,7 +193,7 @@ backends.register("int8_conv2d", _fake)
 
 
 class _Int8Conv2d(torch.autograd.Function):
-    """The quantisation of x counts as the identity; the weight in the gradient is what its integers
+    """The quantization of x counts as the identity; the weight in the gradient is what its integers
     stand for."""
 
     @staticmethod

@@ -24,7 +24,7 @@ backends.register("int8_scaled_mm", _fake_scaled_mm)
 def quantize_rows_stochastic(
     x: Tensor, philox: Tensor, factor: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    r"""Quantisation of each row to int8 as by :func:`quantize_rows`, but with stochastic rounding:
+    r"""Quantization of each row to int8 as by :func:`quantize_rows`, but with stochastic rounding:
     ``values = floor(x * factor / scale + u)`` with uniform random u from 0 to below 1, so that
     ``scale * values`` is ``x * factor`` on average (Gupta et al. 2015,
     https://arxiv.org/abs/1502.02551, section 3).
@@ -129,11 +129,11 @@ def int8_training_linear(
     grad: str = "int8",
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """:func:`torch.nn.functional.linear` with int8 products: x and weight are quantised by row, as
+    """:func:`torch.nn.functional.linear` with int8 products: x and weight are quantized by row, as
     :func:`quantize_rows` does, and multiplied as by :func:`int8_linear`.
 
-    In the gradients quantisation counts as the identity (straight-through): they are the products
-    of the output's gradient with the quantised weight and input. Differentiable once.
+    In the gradients quantization counts as the identity (straight-through): they are the products
+    of the output's gradient with the quantized weight and input. Differentiable once.
 
     Args:
         x: (..., K), float32, bfloat16 or float16.
