@@ -3,7 +3,7 @@
 // four elements of a row of A, and N such groups. kRows by kRegs sums are kept in registers.
 //
 // B is b + 128 in uint8. Two ways to multiply it:
-// - by bytes, vpdpbusd (VNNI): a . (b + 128), four products a lane.
+// - by bytes, vpdpbusd (AVX512-VNNI, AVX-VNNI): a . (b + 128), four products a lane.
 // - by pair sums, without VNNI: vpmaddubsw saturates, so 16 bits it must be, and of two vpmaddwd for four products one
 //   is saved by Winograd's identity (1968), x0 y0 + x1 y1 = (x0 + y1) (x1 + y0) - x0 x1 - y0 y1. Additions of words
 //   run on more ports. The last two terms are sums over a row of A or a column of B, counted when those are packed.
@@ -110,6 +110,34 @@ struct Int8Dot {
 #undef BK_DOT
 
 }  // namespace avx2
+
+// AVX-VNNI, of CPUs that have no AVX-512: no set of its own, since nothing else differs.
+#define BK_TARGET_AVX2_VNNI __attribute__((target("avx2,avxvnni,fma,f16c")))
+
+namespace avx2_vnni {
+
+#define BK_DOT BK_TARGET_AVX2_VNNI __attribute__((always_inline)) static inline
+
+struct Int8Dot {
+  static constexpr LeftFormat kLeft = LeftFormat::kBytes;
+  static constexpr int kCols = 8, kRows = 6, kRegs = 2;
+  using Reg = __m256i;
+  using Right = __m256i;
+  BK_DOT Reg load(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  BK_DOT void store(int32_t* p, Reg a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
+  BK_DOT Reg set(int32_t a) { return _mm256_set1_epi32(a); }
+  BK_DOT Right load_right(const char* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  template <int N>
+  BK_DOT void dot(Reg (&sum)[N], const char* left, const Right (&b)[N]) {
+    const __m256i a = _mm256_set1_epi32(read_as<int32_t>(left));
+#pragma GCC unroll 2
+    for (int j = 0; j < N; ++j) sum[j] = _mm256_dpbusd_avx_epi32(sum[j], b[j], a);
+  }
+};
+
+#undef BK_DOT
+
+}  // namespace avx2_vnni
 
 namespace avx512 {
 

@@ -31,6 +31,12 @@ using Int8Multiply = void (*)(const Int8Block&, int32_t* tile);
 #include "each_isa.h"
 
 #if defined(__x86_64__)
+namespace bigkern::avx2_vnni {
+#define BK_TARGET BK_TARGET_AVX2_VNNI
+#include BK_KERNELS
+#undef BK_TARGET
+}  // namespace bigkern::avx2_vnni
+
 namespace bigkern::avx512_vnni {
 #define BK_TARGET BK_TARGET_AVX512_VNNI
 #include BK_KERNELS
@@ -38,8 +44,9 @@ namespace bigkern::avx512_vnni {
 }  // namespace bigkern::avx512_vnni
 #else
 namespace bigkern {
+namespace avx2_vnni = scalar;
 namespace avx512_vnni = scalar;
-}
+}  // namespace bigkern
 #endif
 
 namespace bigkern {
@@ -60,6 +67,11 @@ Int8Kernels kernels_of(Int8Multiply multiply) {
 Int8Kernels choose_kernels() {
   if (isa() >= Isa::kAvx512Vnni)
     return kernels_of<avx512_vnni::Int8Dot>(&avx512_vnni::int8_multiply<avx512_vnni::Int8Dot>);
+#if defined(__x86_64__)
+  if (isa() == Isa::kAvx2 && __builtin_cpu_supports("avxvnni")) {
+    return kernels_of<avx2_vnni::Int8Dot>(&avx2_vnni::int8_multiply<avx2_vnni::Int8Dot>);
+  }
+#endif
   return select(kernels_of<scalar::Int8Dot>(&scalar::int8_multiply<scalar::Int8Dot>),
                 kernels_of<avx2::Int8Dot>(&avx2::int8_multiply<avx2::Int8Dot>),
                 kernels_of<avx512::Int8Dot>(&avx512::int8_multiply<avx512::Int8Dot>));
