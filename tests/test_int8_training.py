@@ -161,6 +161,15 @@ def test_only_what_is_asked_for_is_computed(grad):
 
 
 @pytest.mark.parametrize("grad", GRADS)
+def test_a_second_derivative_is_refused(grad):
+    x, weight, _, grad_y = problem()
+    y = int8_training_linear(x, weight, grad=grad)
+    (grad_x,) = torch.autograd.grad(y, x, grad_y.requires_grad_(), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad_x.sum().backward()
+
+
+@pytest.mark.parametrize("grad", GRADS)
 def test_is_drop_in_for_torchs(grad):
     linear = nn.Linear(127, 65).eval()
     layer = Int8TrainingLinear.from_linear(linear, grad=grad)

@@ -70,8 +70,10 @@ class Int8Layer(nn.Module):
         """With the plain weight for a buffer, which may be changed or replaced."""
         self._buffers["weight_q"] = self.weight_q
         self.weight_packed = None
-        yield
-        self._pack()
+        try:
+            yield
+        finally:
+            self._pack()
 
     def _check_device(self, x: Tensor) -> None:
         device = self.weight_scale.device

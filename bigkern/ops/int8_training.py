@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bigkern import backends
 from bigkern.ops.int8_autograd import _fake_quantize_rows
@@ -100,6 +101,7 @@ class _TrainingLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight_q, weight_scale, philox)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, weight_q, weight_scale, philox = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad

@@ -24,7 +24,7 @@ namespace bigkern {
 
 namespace {
 
-constexpr double kReadWork = 4, kQuantizeWork = 16;  // of an element, in multiplications
+constexpr double kQuantizeWork = 16;  // of an element, in multiplications
 constexpr int64_t kChannelBlock = 16;
 
 // int8 images [N, groups, padded height, padded width, C / groups] and their scales [N].
