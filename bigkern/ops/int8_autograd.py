@@ -13,7 +13,7 @@ def packed_size(N: int, K: int) -> int:
     return 64 + 64 * panels * (blocks + groups)
 
 
-def _fake_quantize_rows(x, static_scale=None):
+def fake_quantize_rows(x, static_scale=None):
     return (
         torch.empty(x.shape, dtype=torch.int8, device=x.device),
         torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device),
@@ -29,7 +29,7 @@ def _fake_linear(x, weight_q, weight_scale, *tensors, out_dtype=None, **options)
 
 
 backends.register("int8_mm", _fake_int8_mm)
-backends.register("quantize_rows", _fake_quantize_rows)
+backends.register("quantize_rows", fake_quantize_rows)
 backends.register("pack_weight", lambda weight_q: weight_q.new_empty(packed_size(*weight_q.shape)))
 backends.register("unpack_weight", lambda packed, N, K: packed.new_empty(N, K))
 backends.register("int8_linear", _fake_linear)
@@ -66,7 +66,7 @@ class Int8Linear(torch.autograd.Function):
         x, weight_q, weight_scale, bias, x_scale = ctx.saved_tensors
         if ctx.activation is not None:
             inner = int8_linear(x, weight_q, weight_scale, bias, x_scale, None, torch.float32)
-            grad = _ACTIVATION_GRADS[ctx.activation](grad.float(), inner)
+            grad = ACTIVATION_GRADS[ctx.activation](grad.float(), inner)
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             if weight_q.dim() == 1:
@@ -84,7 +84,7 @@ def _silu_grad(grad: Tensor, x: Tensor) -> Tensor:
     return grad * sigmoid * (1 + x * (1 - sigmoid))
 
 
-_ACTIVATION_GRADS = {
+ACTIVATION_GRADS = {
     "relu": lambda grad, x: torch.ops.aten.threshold_backward(grad, x, 0),
     "gelu": torch.ops.aten.gelu_backward,
     "gelu_tanh": lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="tanh"),

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bigkern import backends
-from bigkern.ops.int8_autograd import _ACTIVATION_GRADS
-from bigkern.ops.int8_mm import _check_no_grad, _scale_tensor, pack_weight
+from bigkern.ops.int8_autograd import ACTIVATION_GRADS
+from bigkern.ops.int8_mm import check_no_grad, pack_weight, scale_tensor
 
 Pair = int | Sequence[int]
 
@@ -69,8 +69,8 @@ def int8_conv2d(
             ("dilation", dilation),
         )
     )
-    x_scale = _scale_tensor(x_scale, x)
-    _check_no_grad(weight_scale=weight_scale, x_scale=x_scale)
+    x_scale = scale_tensor(x_scale, x)
+    check_no_grad(weight_scale=weight_scale, x_scale=x_scale)
     images = x if x.dim() == 4 else x.unsqueeze(0)
     is_last = images.is_contiguous(memory_format=torch.channels_last)
     channels_last = is_last and not images.is_contiguous()
@@ -214,7 +214,7 @@ class _Int8Conv2d(torch.autograd.Function):
         if options["activation"] is not None:
             inner_options = {**options, "activation": None, "out_dtype": torch.float32}
             inner = _Int8Conv2d.forward(x, weight_q, weight_scale, bias, x_scale, inner_options)
-            grad = _ACTIVATION_GRADS[options["activation"]](grad, inner)
+            grad = ACTIVATION_GRADS[options["activation"]](grad, inner)
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             N, C, H, W = x.shape

@@ -66,7 +66,7 @@ def quantize_rows(
         ValueError: another dtype or device than stated, a scale that is negative or not finite.
         NotImplementedError: no backend for the device.
     """
-    static_scale = _scale_tensor(static_scale, x)
+    static_scale = scale_tensor(static_scale, x)
     ops = backends.select("quantize_rows", x.device.type)
     return ops.quantize_rows.default(x.detach(), static_scale)
 
@@ -124,8 +124,8 @@ def int8_linear(
         NotImplementedError: no backend for the device; a weight_scale or x_scale that requires a
             gradient.
     """
-    x_scale = _scale_tensor(x_scale, x)
-    _check_no_grad(weight_scale=weight_scale, x_scale=x_scale)
+    x_scale = scale_tensor(x_scale, x)
+    check_no_grad(weight_scale=weight_scale, x_scale=x_scale)
     return int8_autograd.int8_linear(
         x, weight_q, weight_scale, bias, x_scale, activation, out_dtype
     )
@@ -159,17 +159,17 @@ def weight_only_linear(
         ValueError: shapes that don't fit, another dtype or device than stated here.
         NotImplementedError: no backend for the device; a weight_scale that requires a gradient.
     """
-    _check_no_grad(weight_scale=weight_scale)
+    check_no_grad(weight_scale=weight_scale)
     return int8_autograd.weight_only_linear(x, weight_q, weight_scale, bias, group_size)
 
 
-def _scale_tensor(scale: Tensor | float | None, x: Tensor) -> Tensor | None:
+def scale_tensor(scale: Tensor | float | None, x: Tensor) -> Tensor | None:
     if scale is None or isinstance(scale, Tensor):
         return scale
     return torch.full((), scale, dtype=torch.float32, device=x.device)
 
 
-def _check_no_grad(**scales: Tensor | None) -> None:
+def check_no_grad(**scales: Tensor | None) -> None:
     for name, scale in scales.items():
         if scale is not None and scale.requires_grad and torch.is_grad_enabled():
             raise NotImplementedError(f"{name} can't have a gradient: detach() it")

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bigkern import backends
-from bigkern.ops.int8_autograd import _fake_quantize_rows
+from bigkern.ops.int8_autograd import fake_quantize_rows
 from bigkern.ops.int8_mm import int8_linear, quantize_rows
 from bigkern.ops.reference_int8 import dequantize
 
@@ -18,7 +18,7 @@ def _fake_scaled_mm(a, b, row_scale, out_dtype=None):
     return a.new_empty((a.size(0), b.size(1)), dtype=out_dtype or torch.float32)
 
 
-backends.register("quantize_rows_stochastic", lambda x, philox, factor=None: _fake_quantize_rows(x))
+backends.register("quantize_rows_stochastic", lambda x, philox, factor=None: fake_quantize_rows(x))
 backends.register("int8_scaled_mm", _fake_scaled_mm)
 
 
