@@ -8,8 +8,10 @@ __version__ = version("bigkern")
 
 from bigkern import amp, backends, libraries, models, nn, optim
 from bigkern.ops import (
+    int8_conv2d,
     int8_linear,
     int8_mm,
+    pack_conv2d_weight,
     pack_weight,
     quantize_rows,
     scaled_dot_product_attention,
@@ -24,12 +26,14 @@ __all__ = [
     "amp",
     "attention_with_cache",
     "backends",
+    "int8_conv2d",
     "int8_linear",
     "int8_mm",
     "libraries",
     "models",
     "nn",
     "optim",
+    "pack_conv2d_weight",
     "pack_weight",
     "quantize_rows",
     "scaled_dot_product_attention",
