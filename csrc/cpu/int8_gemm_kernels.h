@@ -1,13 +1,12 @@
 // The product of a unit, for one instruction set; included by each_isa.h. D is one of int8_dot.h.
 
-// B is fetched so far ahead, beyond the end of a page, where the hardware stops by itself.
-constexpr int64_t kPrefetchBytes = 2048;
-
 // C [M, N registers] of one block, from `row_begin` [M] on, or where that is nullptr from what the tile has. Register j
 // of B begins at b[j]; if it was widened, all are together at b[0].
+// Of a B that was not, the next block is fetched meanwhile, by each call a part of it: `ahead` bytes from where a group
+// is read, and the following groups each ahead_step bytes less.
 template <class D, int M, int N, bool kWide>
-BK_TARGET void int8_micro(int64_t groups, const char* a, const char* const* b_begin, const int32_t* const* col_begin,
-                          const int32_t* row_begin, int32_t* tile) {
+BK_TARGET void int8_micro(int64_t groups, const char* a, const char* const* b_begin, int64_t ahead, int64_t ahead_step,
+                          const int32_t* const* col_begin, const int32_t* row_begin, int32_t* tile) {
   constexpr int64_t kLeftBytes = left_group_bytes(D::kLeft);
   typename D::Reg sum[M][N];
 #pragma GCC unroll 6
@@ -30,11 +29,15 @@ BK_TARGET void int8_micro(int64_t groups, const char* a, const char* const* b_be
         b_reg[j] = D::load_wide(b[0] + j * sizeof(typename D::Right));
       } else {
         b_reg[j] = D::load_right(b[j]);
-        if (j % (kPanelCols / D::kCols) == 0) __builtin_prefetch(b[j] + kPrefetchBytes);
+        if (j % (kPanelCols / D::kCols) == 0) __builtin_prefetch(b[j] + ahead);
         b[j] += kGroupBytes;
       }
     }
-    if constexpr (kWide) b[0] += N * sizeof(typename D::Right);
+    if constexpr (kWide) {
+      b[0] += N * sizeof(typename D::Right);
+    } else {
+      ahead -= ahead_step;
+    }
 #pragma GCC unroll 6
     for (int i = 0; i < M; ++i) D::dot(sum[i], a + i * kLeftBytes, b_reg);
   }
@@ -45,7 +48,8 @@ BK_TARGET void int8_micro(int64_t groups, const char* a, const char* const* b_be
   }
 }
 
-using Int8Micro = void (*)(int64_t, const char*, const char* const*, const int32_t* const*, const int32_t*, int32_t*);
+using Int8Micro = void (*)(int64_t, const char*, const char* const*, int64_t, int64_t, const int32_t* const*,
+                           const int32_t*, int32_t*);
 
 template <class D, int N, bool kWide>
 Int8Micro int8_micro_of(int rows) {
@@ -88,6 +92,8 @@ BK_TARGET void int8_multiply(const Int8Block& block, int32_t* tile) {
   const int64_t groups = (block.depth + kGroupDepth - 1) / kGroupDepth;
   const bool is_wide = kCanWiden && block.num_rows >= kRowsWorthWidening;
   const int num_regs = block.num_panels * kRegsOfPanel;
+  const int64_t num_calls = (block.num_rows + D::kRows - 1) / D::kRows;
+  const int64_t part_bytes = groups * kGroupBytes / num_calls, ahead_step = kGroupBytes - kGroupBytes / num_calls;
   for (int first = 0; first < num_regs; first += D::kRegs) {
     const int regs = std::min(D::kRegs, num_regs - first);
     const char* b[D::kRegs];
@@ -105,7 +111,6 @@ BK_TARGET void int8_multiply(const Int8Block& block, int32_t* tile) {
           char* to = block.wide + j * kRegBytes;
           for (int64_t g = 0; g < groups; ++g) {
             D::store_wide(to + g * regs * kRegBytes, D::load_right(b[j] + g * kGroupBytes));
-            __builtin_prefetch(b[j] + g * kGroupBytes + kPrefetchBytes);
           }
           b[j] = to;
         }
@@ -117,12 +122,19 @@ BK_TARGET void int8_multiply(const Int8Block& block, int32_t* tile) {
       if constexpr (kCanWiden) {
         if (is_wide) micro = int8_micro_of<D, true>(rows, regs);
       }
+      const int64_t ahead = groups * kGroupBytes + i / D::kRows * part_bytes;
+      if (is_wide) {
+        for (int p = first / kRegsOfPanel; p < (first + regs + kRegsOfPanel - 1) / kRegsOfPanel; ++p) {
+          const char* next = block.panels[p] + kBlockHeader + ahead;
+          for (int64_t k = 0; k < part_bytes; k += 64) __builtin_prefetch(next + k);
+        }
+      }
       if (first == 0 && block.out != nullptr) {
         for (int64_t r = i; r < i + rows; ++r) {
           for (int64_t j = 0; j < block.out_bytes; j += 64) __builtin_prefetch(block.out + r * block.out_row + j, 1);
         }
       }
-      micro(groups, block.left + i * groups * left_group_bytes(D::kLeft), b, col_begin,
+      micro(groups, block.left + i * groups * left_group_bytes(D::kLeft), b, ahead, ahead_step, col_begin,
             block.row_begin == nullptr ? nullptr : block.row_begin + i, tile + i * kTileCols + first * D::kCols);
     }
   }
