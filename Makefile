@@ -33,6 +33,7 @@ format: $(LINTERS)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_adam.py
 	$(BIN)/python benchmarks/bench_attention.py
+	$(BIN)/python benchmarks/bench_int8_mm.py
 	$(BIN)/python benchmarks/bench_train.py
 	$(BIN)/python benchmarks/bench_generate.py
 

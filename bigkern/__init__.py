@@ -7,7 +7,17 @@ import torch  # noqa: F401  (before the compiled libraries, which need torch's)
 __version__ = version("bigkern")
 
 from bigkern import amp, backends, libraries, models, nn, optim
-from bigkern.ops import scaled_dot_product_attention, varlen_attention
+from bigkern.ops import (
+    int8_conv2d,
+    int8_linear,
+    int8_mm,
+    pack_conv2d_weight,
+    pack_weight,
+    quantize_rows,
+    scaled_dot_product_attention,
+    varlen_attention,
+    weight_only_linear,
+)
 from bigkern.ops.kv_cache import KVCache, attention_with_cache
 
 __all__ = [
@@ -16,10 +26,17 @@ __all__ = [
     "amp",
     "attention_with_cache",
     "backends",
+    "int8_conv2d",
+    "int8_linear",
+    "int8_mm",
     "libraries",
     "models",
     "nn",
     "optim",
+    "pack_conv2d_weight",
+    "pack_weight",
+    "quantize_rows",
     "scaled_dot_product_attention",
     "varlen_attention",
+    "weight_only_linear",
 ]

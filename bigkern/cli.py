@@ -13,6 +13,7 @@ from bigkern.models.transformer import POSITIONS
 from bigkern.train import cnn, transformer
 from bigkern.train.config import (
     DATA_SETS,
+    LINEAR_LAYERS,
     OBJECTIVES,
     OPTIMIZERS,
     SCHEDULES,
@@ -171,6 +172,7 @@ def add_cnn_options(parser: argparse.ArgumentParser) -> None:
     add("data_dir", "folder of mnist's four IDX files", metavar="DIR")
     add("download", "fetch mnist into --data-dir first", action="store_true")
     add("augment", "shift and rotate the training images at random", action="store_true")
+    add("linear", "int8: INT8 products, forward and backward", choices=LINEAR_LAYERS)
 
 
 def add_transformer_options(parser: argparse.ArgumentParser) -> None:

@@ -43,6 +43,35 @@ STABLE_TORCH_LIBRARY(bigkern, m) {
   m.def("attention_weights(Tensor query, Tensor key, Tensor row_max, Tensor row_sum, " ATTENTION_OPTIONS
         ", bool average_heads=False) -> Tensor");
 
+  // a [M, K] or [B, M, K], b [K, N] or [B, K, N], int8, to int32.
+  m.def("int8_mm(Tensor a, Tensor b) -> Tensor");
+  // The product times row_scale [M], in float32 or out_dtype.
+  m.def("int8_scaled_mm(Tensor a, Tensor b, Tensor row_scale, *, ScalarType? out_dtype=None) -> Tensor");
+  // To int8 and the scale of each row, float32. static_scale has one element, or one for each row.
+  m.def("quantize_rows(Tensor x, Tensor? static_scale=None) -> (Tensor values, Tensor scale)");
+  // The same of x * factor, [K] over the columns, rounded at random by philox, (seed, offset), but right on average.
+  m.def("quantize_rows_stochastic(Tensor x, Tensor philox, Tensor? factor=None) -> (Tensor values, Tensor scale)");
+  // weight_q [N, K] in the order that int8_linear reads: of one dimension, which tells it from the plain one.
+  m.def("pack_weight(Tensor weight_q) -> Tensor");
+  m.def("unpack_weight(Tensor packed, SymInt N, SymInt K) -> Tensor");
+  // x [..., K], weight_q [N, K] or packed, weight_scale [N], bias [N]; x_scale as static_scale above. activation: relu,
+  // gelu, gelu_tanh or silu.
+  m.def(
+      "int8_linear(Tensor x, Tensor weight_q, Tensor weight_scale, Tensor? bias=None, Tensor? x_scale=None, *, "
+      "str? activation=None, ScalarType? out_dtype=None) -> Tensor");
+  // x [N, C, H, W], with the images in the order [N, H, W, C] if channels_last, as then the output. weight_q
+  // [O, C / groups, kH, kW], or packed: pack_weight of each group's [O / groups, kH * kW * C / groups], one after
+  // another; small groups as one, with zeros where they don't meet. padding: top, bottom, left, right. x_scale has one
+  // element, or one for each image.
+  m.def(
+      "int8_conv2d(Tensor x, Tensor weight_q, Tensor weight_scale, Tensor? bias=None, Tensor? x_scale=None, *, "
+      "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups=1, str? activation=None, "
+      "ScalarType? out_dtype=None, bool channels_last=False) -> Tensor");
+  // weight_scale [N], or with a group_size [N, ceil(K / group_size)].
+  m.def(
+      "weight_only_linear(Tensor x, Tensor weight_q, Tensor weight_scale, Tensor? bias=None, *, int group_size=0) -> "
+      "Tensor");
+
   // What `bigkern info` asks the compiled libraries.
   m.def("cpu_isa() -> str");
   m.def("best_cpu_isa() -> str");

@@ -9,9 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-ALL = ["scalar", "avx2", "avx512", "avx512_bf16"]
+ALL = ["scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16"]
 BEST = torch.ops.bigkern.best_cpu_isa()
-OPS = ("adam", "grad_norm", "attention")
+OPS = (
+    "adam",
+    "grad_norm",
+    "attention",
+    "int8_mm",
+    "int8_conv2d",
+    "int8_scaled_mm",
+    "quantize_rows_stochastic",
+)
 OP_TESTS = [str(Path(__file__).with_name(f"test_{op}.py")) for op in OPS]
 
 
@@ -55,7 +63,8 @@ finally:
 def test_unknown_set_is_refused_before_anything_is_changed():
     assert run("sse9", "-c", STEP).stdout.strip() == "0.0"
     result = run("sse9", "-c", PRINT_ISA)
-    assert "BIGKERN_CPU_ISA must be scalar, avx2, avx512 or avx512_bf16, got sse9" in result.stderr
+    names = f"{', '.join(ALL[:-1])} or {ALL[-1]}"
+    assert f"BIGKERN_CPU_ISA must be {names}, got sse9" in result.stderr
     assert "ValueError" in result.stderr
 
 

@@ -1,17 +1,23 @@
 """The reference CNN: one convolution and two linear layers, 2.8 million parameters."""
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class SimpleCNN(nn.Module):
-    """Classifies 28x28 grayscale images into 10 classes."""
+    """Classifies 28x28 grayscale images into 10 classes.
 
-    def __init__(self) -> None:
+    Args:
+        linear: makes the linear layers, as :class:`torch.nn.Linear` does.
+    """
+
+    def __init__(self, linear: Callable[[int, int], nn.Module] = nn.Linear) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(1, 32, kernel_size=3)
-        self.fc1 = nn.Linear(32 * 26 * 26, 128)
-        self.fc2 = nn.Linear(128, 10)
+        self.fc1 = linear(32 * 26 * 26, 128)
+        self.fc2 = linear(128, 10)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits [N, 10] for images [N, 1, 28, 28] of the parameters' dtype.

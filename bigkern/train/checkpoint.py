@@ -159,9 +159,8 @@ def restore(folder: Path, run: RunState) -> int:
     """
 
     def use(path: Path, state: dict[str, Any]) -> int:
-        # An option that the run's version of bigkern didn't have yet stands at its default.
-        defaults = {field.name: field.default for field in fields(run.config)}
-        found = {**defaults, **state["identity"]}
+        # A run that was saved before an option existed has its default.
+        found = {field.name: field.default for field in fields(run.config)} | state["identity"]
         for name, value in run.identity.items():
             if found.get(name) != value:
                 raise CheckpointError(

@@ -3,7 +3,10 @@
 from dataclasses import replace
 from pathlib import Path
 
+from torch import nn
+
 from bigkern.models import SimpleCNN
+from bigkern.nn import Int8TrainingLinear
 from bigkern.train import compare as side_by_side
 from bigkern.train.config import CnnConfig
 from bigkern.train.data import ImageData, load_data
@@ -11,9 +14,13 @@ from bigkern.train.images import ImageSummary, image_task, run_task
 from bigkern.train.loop import Task
 
 
+def build_model(config: CnnConfig) -> SimpleCNN:
+    return SimpleCNN(Int8TrainingLinear if config.linear == "int8" else nn.Linear)
+
+
 def build_task(config: CnnConfig, data: ImageData) -> Task:
     """The task of classifying `data` with SimpleCNN, for `train`."""
-    return image_task("cnn", "SimpleCNN", SimpleCNN, data, config.augment)
+    return image_task("cnn", "SimpleCNN", lambda: build_model(config), data, config.augment)
 
 
 def run(config: CnnConfig, out: Path | None = None, resume: bool = False) -> ImageSummary:

@@ -14,6 +14,7 @@ from bigkern.train.errors import UserError
 OPTIMIZERS = ("bigkern", "torch", "sgd")
 SCHEDULES = ("constant", "cosine")
 DATA_SETS = ("digits", "mnist")
+LINEAR_LAYERS = ("float", "int8")
 OBJECTIVES = ("lm", "classify")
 VOCAB_SIZE = 256  # of the language model: bytes
 IMAGE_SIZE = 28
@@ -86,12 +87,14 @@ class CnnConfig(TrainConfig):
     data_dir: str | None = None  # mnist only: where the IDX files are
     download: bool = False  # mnist only: fetch them into data_dir first
     augment: bool = False  # random shift and rotation of the training images
+    linear: str = "float"  # torch.nn.Linear; int8: bigkern.nn.Int8TrainingLinear
 
     RESUMABLE = TrainConfig.RESUMABLE | {"data_dir", "download"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_choice(self, "data", DATA_SETS)
+        _check_choice(self, "linear", LINEAR_LAYERS)
         if self.data == "mnist" and self.data_dir is None:
             raise UserError("data mnist needs data_dir, the folder of its IDX files")
         if self.data == "digits" and (self.data_dir is not None or self.download):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bigkern.models import SimpleCNN
 from bigkern.train.checkpoint import CheckpointError, load_latest
+from bigkern.train.cnn import build_model
 from bigkern.train.config import CnnConfig
 from bigkern.train.data import load_data, resize
 from bigkern.train.errors import UserError, require
@@ -32,10 +33,10 @@ def load_cnn(folder: Path, device: str = "auto") -> TrainedCNN:
         identity = state["identity"]
         if identity.get("model") != "SimpleCNN":
             raise CheckpointError(path, f"its model is {identity.get('model')}, not SimpleCNN")
-        model = SimpleCNN()
         try:
-            model.load_state_dict(state["model"])
             config = CnnConfig(**state["config"])
+            model = build_model(config)
+            model.load_state_dict(state["model"])
             return TrainedCNN(model, config, identity["mean"], identity["std"])
         except (KeyError, TypeError, RuntimeError) as error:
             raise CheckpointError(path, f"its state doesn't fit ({error})") from error

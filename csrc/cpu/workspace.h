@@ -18,6 +18,13 @@ class Workspace {
     return workspace;
   }
 
+  // The same for what a call of this thread shares with the threads that help it.
+  static Workspace& of_this_call() {
+    thread_local Workspace workspace;
+    workspace.taken_ = 0;
+    return workspace;
+  }
+
   // Room for n elements, uninitialized, on a cache line; always the same memory for the same order of calls.
   template <class T>
   T* take(int64_t n) {

@@ -1,0 +1,53 @@
+"""int8_scaled_mm against the reference."""
+
+import pytest
+import torch
+
+from bigkern.ops import reference_int8_training as reference
+from bigkern.ops.int8_training import int8_scaled_mm
+
+SHAPES = [(1, 1, 1), (7, 127, 3), (33, 1000, 65), (129, 5, 70), (0, 4, 5), (4, 0, 5), (4, 5, 0)]
+
+
+def make(*shape):
+    return torch.randint(-128, 128, shape, dtype=torch.int8)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_is_the_reference(shape, dtype):
+    M, K, N = shape
+    a, b, scale = make(M, K), make(K, N), torch.randn(2 * M)[::2] / 1000
+    expected = reference.int8_scaled_mm(a, b, scale, out_dtype=dtype)
+    for left in (a, a.T.contiguous().T):
+        for right in (b, b.T.contiguous().T, torch.cat([b, b], 1)[:, :N]):
+            assert torch.equal(int8_scaled_mm(left, right, scale, out_dtype=dtype), expected)
+
+
+def test_a_scale_of_nan_shows():
+    y = int8_scaled_mm(make(3, 4), make(4, 5), torch.tensor([1.0, torch.nan, 0.0]))
+    assert y[0].isfinite().all()
+    assert y[1].isnan().all()
+    assert not y[2].any()
+
+
+def test_opcheck():
+    op = torch.ops.bigkern.int8_scaled_mm.default
+    torch.library.opcheck(op, (make(3, 4), make(4, 5), torch.rand(3)))
+    torch.library.opcheck(op, (make(3, 4), make(4, 5), torch.rand(3)), {"out_dtype": torch.half})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"a": torch.ones(3, 4)}, r"a must be torch\.int8, got torch\.float32"),
+        ({"b": make(5, 5)}, r"a and b must have shapes .*, got \[3, 4\] and \[5, 5\]"),
+        ({"row_scale": torch.ones(4)}, r"row_scale must be .* shape \[3\], got .* shape \[4\]"),
+        ({"row_scale": torch.ones(3).half()}, r"row_scale must be torch\.float32 .*float16"),
+        ({"out_dtype": torch.float64}, "out_dtype must be float32, bfloat16 or float16, got"),
+    ],
+)
+def test_bad_input(change, message):
+    arguments = {"a": make(3, 4), "b": make(4, 5), "row_scale": torch.ones(3)}
+    with pytest.raises(ValueError, match=message):
+        int8_scaled_mm(**arguments | change)
