@@ -20,6 +20,7 @@ from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from cuda_compiler import ROOT, nvcc_command
@@ -48,21 +49,24 @@ WRAPPED = [
 ]
 
 
-def load(
-    name: str, kernels: Sequence[Path], host: Sequence[Path], headers: Sequence[Path]
-) -> ModuleType:
-    """The controls (runtime/controls.cpp) of the library of `kernels` (.cu) and `host` (.cpp).
+class Sources(NamedTuple):
+    kernels: Sequence[Path]  # .cu
+    host: Sequence[Path] = ()  # .cpp
+    headers: Sequence[Path] = ()  # what they include, besides toolkit and torch
+    prelude: Sequence[Path] = ()  # included before each source
 
-    Args:
-        headers: what the sources include, besides toolkit and torch.
+
+def load(name: str, sources: Sources) -> ModuleType:
+    """The controls (runtime/controls.cpp) of the library of these sources.
 
     Raises:
         cuda_compiler.NoCompilerError: nothing is cached, and there is no nvcc.
     """
-    inputs = [*kernels, *host, *headers, *TRANSLATOR, *RUNTIME_FILES]
-    path = _cached(name, ".so", inputs, lambda out: _link(out, kernels, host, headers))
-    loader = ExtensionFileLoader("emulated", str(path))
-    module = module_from_spec(spec_from_file_location("emulated", path, loader=loader))
+    inputs = [*sources.kernels, *sources.host, *sources.headers, *TRANSLATOR, *RUNTIME_FILES]
+    path = _cached(name, ".so", inputs, lambda out: _link(out, sources))
+    full_name = f"{name}.emulated"  # one of each name in a process
+    loader = ExtensionFileLoader(full_name, str(path))
+    module = module_from_spec(spec_from_file_location(full_name, path, loader=loader))
     loader.exec_module(module)
     return module
 
@@ -91,12 +95,10 @@ def _run(*command: str | Path) -> str:
     return run.stdout
 
 
-def _link(
-    out: Path, kernels: Sequence[Path], host: Sequence[Path], headers: Sequence[Path]
-) -> None:
+def _link(out: Path, sources: Sources) -> None:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = [pool.submit(_kernel_object, file, headers) for file in kernels]
-        jobs += [pool.submit(_host_object, file, headers) for file in host]
+        jobs = [pool.submit(_kernel_object, file, sources) for file in sources.kernels]
+        jobs += [pool.submit(_host_object, file, sources) for file in sources.host]
         jobs += [pool.submit(_runtime_object, file) for file in sorted(RUNTIME.glob("*.cpp"))]
         objects = [job.result() for job in jobs]
     wraps = [f"-Wl,--wrap={name}" for name in WRAPPED]
@@ -115,26 +117,31 @@ def _runtime_object(source: Path) -> Path:
         f"runtime-{source.stem}",
         ".o",
         RUNTIME_FILES,
-        lambda out: _run("g++", *COMMON, "-O2", *flags, "-c", source, "-o", out),
-    )
-
-
-def _host_object(source: Path, headers: Sequence[Path]) -> Path:
-    flags = [*_definitions(), f"-I{TORCH / 'include'}", "-include", RUNTIME / "ops_namespace.h"]
-    return _cached(
-        source.stem,
-        ".o",
-        [source, *headers, RUNTIME / "ops_namespace.h"],
         lambda out: _run("g++", *COMMON, "-O1", *flags, "-c", source, "-o", out),
     )
 
 
-def _kernel_object(source: Path, headers: Sequence[Path]) -> Path:
-    inputs = [source, *headers, *TRANSLATOR]
-    return _cached(source.stem, ".cu.o", inputs, lambda out: _compile(source, out))
+def _host_object(source: Path, sources: Sources) -> Path:
+    flags = [*_definitions(), f"-I{TORCH / 'include'}", *_includes(sources)]
+    return _cached(
+        source.stem,
+        ".o",
+        [source, *sources.headers, *sources.prelude],
+        lambda out: _run("g++", *COMMON, "-O1", *flags, "-c", source, "-o", out),
+    )
 
 
-def _compile(source: Path, out: Path) -> None:
+def _kernel_object(source: Path, sources: Sources) -> Path:
+    inputs = [source, *sources.headers, *sources.prelude, *TRANSLATOR]
+    includes = _includes(sources)
+    return _cached(source.stem, ".cu.o", inputs, lambda out: _compile(source, includes, out))
+
+
+def _includes(sources: Sources) -> list[str | Path]:
+    return [part for file in sources.prelude for part in ("-include", file)]
+
+
+def _compile(source: Path, includes: Sequence[str | Path], out: Path) -> None:
     folder = out.parent
     host, cpp, device = (folder / f"{source.stem}{end}" for end in (".host.o", ".cpp", ".device.o"))
     # Under this name the host object asks for its own translation, whatever its kernels are called.
@@ -144,7 +151,7 @@ def _compile(source: Path, out: Path) -> None:
         f"-gencode=arch={ARCHITECTURE},code={ARCHITECTURE}",
         *("--cudart", "none", "--keep", "--keep-dir", folder),
         f"-Xcompiler=-fPIC,-fno-gnu-unique,-D__cudaRegisterFatBinary={register}",
-        *("-include", RUNTIME / "ops_namespace.h", "-c", source, "-o", host),
+        *(*includes, "-c", source, "-o", host),
     )
     cpp.write_text(translate((folder / f"{source.stem}.ptx").read_text(), register))
     _run("g++", *DEVICE, "-c", cpp, "-o", device)

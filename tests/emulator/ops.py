@@ -17,7 +17,9 @@ def load() -> ModuleType:
     """The library's controls."""
     csrc = ROOT / "csrc"
     headers = sorted([*csrc.rglob("*.h"), *csrc.rglob("*.cuh")])
-    return build.load("ops", sorted(csrc.glob("cuda/*.cu")), [csrc / "ops.cpp"], headers)
+    prelude = [build.RUNTIME / "ops_namespace.h"]
+    kernels = sorted(csrc.glob("cuda/*.cu"))
+    return build.load("ops", build.Sources(kernels, [csrc / "ops.cpp"], headers, prelude))
 
 
 @contextlib.contextmanager

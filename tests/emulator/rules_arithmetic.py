@@ -128,10 +128,12 @@ FUNCTIONS = {
 @rule("sqrt rcp rsqrt ex2 lg2 sin cos tanh", "f32", "approx ftz")
 @rule("rsqrt", "f64", "approx")
 def float_function(c, i):
-    """Approximations are exact here."""
+    """Approximations are exact here: rounded from float64."""
     flush = "flush" if "ftz" in i.modifiers else ""
-    x = f"{flush}({c.value(i.operands[1], i.type)})"
-    return c.assign(i.operands[0], i.type, f"{flush}({FUNCTIONS[i.opcode].format(x)})")
+    widen = "(double)" if "approx" in i.modifiers else ""
+    x = f"{widen}{flush}({c.value(i.operands[1], i.type)})"
+    result = f"({C_TYPES[i.type]})({FUNCTIONS[i.opcode].format(x)})"
+    return c.assign(i.operands[0], i.type, f"{flush}({result})")
 
 
 @rule("rcp", "f64", "approx ftz")
