@@ -1,5 +1,7 @@
+import emulator.ops
 import pytest
 import torch
+from cuda_compiler import NoCompilerError
 from helpers import SMALL, interrupt_at
 
 from bigkern.train.loop import train
@@ -14,13 +16,40 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(
-    params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)],
-)
+def pytest_generate_tests(metafunc):
+    """Tests that take a device run over DEVICES of their module."""
+    if "device" in metafunc.fixturenames:
+        devices = getattr(metafunc.module, "DEVICES", ["cpu", "cuda"])
+        if metafunc.definition.get_closest_marker("slow"):  # the emulator would take days
+            devices = [d for d in devices if d != "emulated"]
+        gpu = {"cuda": pytest.mark.gpu}
+        params = [pytest.param(d, marks=gpu.get(d, ())) for d in devices]
+        metafunc.parametrize("device", params, indirect=True)
+
+
+@pytest.fixture
 def device(request):
+    """Where the tensors are; ops called on those of `emulated` run the CUDA kernels on the CPU."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    return request.param
+    if request.param != "emulated":
+        yield request.param
+        return
+    controls = request.getfixturevalue("emulated_ops")
+    controls.set_schedule("random", seed=0)
+    controls.take_launches()
+    with emulator.ops.backend():
+        yield "cpu"
+    assert controls.take_launches()
+
+
+@pytest.fixture(scope="session")
+def emulated_ops():
+    """The emulator's controls."""
+    try:
+        return emulator.ops.load()
+    except NoCompilerError as obstacle:
+        pytest.skip(str(obstacle))
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,8 @@ import bigkern
 from bigkern.ops import AdamGroup, adam_, grad_norm, reference
 from bigkern.testing import assert_as_accurate
 
+DEVICES = ["cpu", "emulated", "cuda"]
+
 
 def test_worked_example(device):
     p, g, m, v = (torch.tensor([x], device=device) for x in (0.5, -0.1, 0.0, 0.0))

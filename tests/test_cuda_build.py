@@ -1,18 +1,16 @@
 """What the CUDA compiler makes of csrc/cuda, asked without a GPU."""
 
-import json
 import os
 import re
 import shutil
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from cuda_compiler import ROOT, NoCompilerError, nvcc_command
 
-ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path.name for path in (ROOT / "csrc/cuda").glob("*.cu"))
 ARCHITECTURES = ("80", "90a")
 
@@ -22,37 +20,12 @@ class Compiled(NamedTuple):
     cubin: Path
 
 
-# setup.py itself is asked, in a process where nobody has fixed torch's idea of CUDA_HOME yet.
-ASK_SETUP = """
-import json, setuptools
-from distutils.core import run_setup
-extensions = {e.name: e for e in run_setup("setup.py", stop_after="init").ext_modules}
-from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, CUDA_HOME
-cuda = extensions["bigkern._C_cuda"]  # missing, if setup.py has said why not
-flags = [*COMMON_NVCC_FLAGS, *cuda.extra_compile_args["nvcc"]]
-print(json.dumps([f"{CUDA_HOME}/bin/nvcc", *flags, *(f"-I{d}" for d in cuda.include_dirs)]))
-"""
-
-
-def _nvcc_command() -> list[str]:
-    """The compiler with the flags that setup.py builds with."""
-    run = subprocess.run(
-        [sys.executable, "-c", ASK_SETUP],
-        cwd=ROOT,
-        env=os.environ | {"BIGKERN_CUDA": ""},
-        capture_output=True,
-        text=True,
-    )
-    obstacle = re.search(r"building without CUDA kernels: (.*)", run.stdout)
-    if obstacle:
-        pytest.skip(obstacle[1])
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> dict[tuple[str, str], Compiled]:
-    nvcc = _nvcc_command()
+    try:
+        nvcc = nvcc_command()
+    except NoCompilerError as obstacle:
+        pytest.skip(str(obstacle))
     folder = tmp_path_factory.mktemp("cubins")
 
     def compile_one(source: str, arch: str) -> Compiled:

@@ -10,6 +10,8 @@ from helpers import DTYPES, EPS, OPTIONS, SHAPES, Problem
 from bigkern.ops import adam_, grad_norm, reference
 from bigkern.testing import assert_as_accurate
 
+DEVICES = ["cpu", "emulated", "cuda"]
+
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [None, 1024.0, 3.0])

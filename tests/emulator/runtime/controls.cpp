@@ -1,0 +1,96 @@
+// What tests set and ask. Mistakes in kernels are RuntimeErrors.
+#include <cxxabi.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdlib>
+#include <cstring>
+
+#include "cuda.h"
+
+namespace py = pybind11;
+using namespace emulator;
+
+namespace {
+
+py::tuple tuple(Dim d) { return py::make_tuple(d.x, d.y, d.z); }
+
+Dim dim(const std::vector<uint32_t>& sizes) {
+  if (sizes.size() != 3) throw std::invalid_argument("sizes must have 3 numbers");
+  return {sizes[0], sizes[1], sizes[2]};
+}
+
+std::string demangled(const char* name) {
+  int status;
+  char* text = abi::__cxa_demangle(name, nullptr, nullptr, &status);
+  const std::string result = text ? text : name;
+  free(text);
+  return result;
+}
+
+py::dict describe(const Launch& launch) {
+  const Statistics& s = launch.statistics;
+  using namespace py::literals;
+  return py::dict("kernel"_a = demangled(launch.kernel->name), "grid"_a = tuple(launch.grid),
+                  "block"_a = tuple(launch.block), "dynamic_smem"_a = launch.dynamic_smem,
+                  "static_smem"_a = launch.kernel->static_smem, "instructions"_a = s.instructions,
+                  "warp_operations"_a = s.warp_operations, "barriers"_a = s.barriers, "global_read"_a = s.global_read,
+                  "global_written"_a = s.global_written, "shared_accesses"_a = s.shared_accesses,
+                  "bank_conflicts"_a = s.bank_conflicts);
+}
+
+py::list take_launches() {
+  py::list result;
+  for (const Launch& launch : launches) result.append(describe(launch));
+  launches.clear();
+  return result;
+}
+
+void set_schedule(const std::string& order, uint64_t seed) {
+  if (order == "asc") {
+    settings.order = Order::ascending;
+  } else if (order == "desc") {
+    settings.order = Order::descending;
+  } else if (order == "random") {
+    settings.order = Order::random;
+  } else {
+    throw std::invalid_argument("the schedule must be asc, desc or random, got " + order);
+  }
+  settings.seed = seed;
+}
+
+// Arguments: the bytes of each.
+void launch_by_name(const std::string& name, const std::vector<uint32_t>& grid, const std::vector<uint32_t>& block,
+                    std::vector<std::string> arguments, size_t dynamic_smem) {
+  Function* function = find_function(name);
+  if (!function) throw std::invalid_argument("there is no kernel " + name);
+  const Kernel& kernel = *function->kernel;
+  if (arguments.size() != static_cast<size_t>(kernel.num_parameters)) {
+    throw std::invalid_argument(
+        format("%s takes %d arguments, got %zu", name.c_str(), kernel.num_parameters, arguments.size()));
+  }
+  std::vector<void*> pointers;
+  for (int i = 0; i < kernel.num_parameters; ++i) {
+    if (arguments[i].size() != kernel.parameters[i].size) {
+      throw std::invalid_argument(format("argument %d of %s has %u bytes, got %zu", i, name.c_str(),
+                                         kernel.parameters[i].size, arguments[i].size()));
+    }
+    pointers.push_back(arguments[i].data());
+  }
+  const cudaError_t error = launch(function, dim(grid), dim(block), pointers.data(), dynamic_smem);
+  if (error != cudaSuccess) throw Error(error_text(error));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(emulated, m) {
+  m.def("set_schedule", &set_schedule, py::arg("order"), py::arg("seed") = 0);
+  m.def("set_device", &set_device_model);
+  m.def("count_conflicts", [](bool counts) { settings.counts_conflicts = counts; });
+  m.def("take_launches", &take_launches, "What was launched since the last call, with statistics.");
+  m.def("add_buffer", [](uintptr_t begin, size_t bytes, const std::string& name) {
+    add_buffer(reinterpret_cast<void*>(begin), bytes, name);
+  });
+  m.def("remove_buffer", [](uintptr_t begin) { return remove_buffer(reinterpret_cast<void*>(begin)); });
+  m.def("launch", &launch_by_name);
+}

@@ -1,0 +1,50 @@
+// The stand-in for the CUDA runtime: device memory is the host's, and a call has done its work when it returns. What
+// isn't modelled throws Error. It is compiled with hidden symbols, since torch brings the real runtime into the
+// process.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <vector>
+
+#include "emulator.h"
+
+namespace emulator {
+
+struct DeviceModel {
+  const char *key, *name;
+  int major, minor, num_sms;
+  size_t smem_per_sm, smem_per_block_optin, l2_bytes, memory_bytes;
+};
+
+const DeviceModel& device_model();
+void set_device_model(const std::string& key);
+
+constexpr int kMaxThreads = 1024, kDefaultSmem = 48 << 10, kReservedSmem = 1 << 10, kRegisters = 64 << 10;
+
+struct Function {
+  const Kernel* kernel;
+  const Module* module;
+  size_t max_dynamic_smem;
+};
+
+// By the host's function, or the handle of cudaGetKernel.
+Function* find_function(const void* handle);
+Function* find_function(const std::string& name);  // mangled
+const Variable* find_variable(const void* shadow);
+
+struct Launch {
+  const Kernel* kernel;
+  Dim grid, block;
+  size_t dynamic_smem;
+  Statistics statistics;
+};
+extern std::vector<Launch> launches;  // since they were last asked for
+
+cudaError_t launch(Function* function, Dim grid, Dim block, void** arguments, size_t dynamic_smem);
+
+cudaError_t remember(cudaError_t error);  // for cudaGetLastError
+const char* error_text(cudaError_t error);
+[[noreturn]] void not_emulated(const std::string& what);
+
+}  // namespace emulator

@@ -1,0 +1,199 @@
+// Registration of what nvcc compiled, and launches.
+#include <cstring>
+#include <map>
+#include <mutex>
+
+#include "cuda.h"
+
+namespace emulator {
+
+std::vector<Launch> launches;
+
+namespace {
+
+struct Registry {
+  std::map<const void*, Function> functions;
+  std::map<const void*, const Variable*> variables;
+};
+// Made at the first use: objects register before this file's variables are.
+Registry& registry() {
+  static auto* it = new Registry;
+  return *it;
+}
+
+thread_local cudaError_t last_error = cudaSuccess;
+
+cudaError_t check_image(const Function& f) {
+  const DeviceModel& device = device_model();
+  const int here = device.major * 10 + device.minor, built = f.module->architecture;
+  const bool runs = f.module->is_specific ? built == here : built <= here;
+  return runs ? cudaSuccess : cudaErrorNoKernelImageForDevice;
+}
+
+cudaError_t check_launch(const Function& f, Dim grid, Dim block, size_t dynamic_smem) {
+  if (const cudaError_t error = check_image(f)) return error;
+  const uint64_t threads = block.count();
+  if (grid.count() == 0 || threads == 0 || threads > kMaxThreads || block.z > 64) return cudaErrorInvalidConfiguration;
+  if (grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535) return cudaErrorInvalidConfiguration;
+  if (threads > static_cast<uint64_t>(f.kernel->max_threads)) return cudaErrorInvalidValue;
+  if (dynamic_smem > f.max_dynamic_smem) return cudaErrorInvalidValue;
+  return cudaSuccess;
+}
+
+}  // namespace
+
+Function* find_function(const void* handle) {
+  auto& functions = registry().functions;
+  if (const auto it = functions.find(handle); it != functions.end()) return &it->second;
+  for (auto& [host, function] : functions) {
+    if (&function == handle) return &function;
+  }
+  return nullptr;
+}
+
+Function* find_function(const std::string& name) {
+  for (auto& [host, function] : registry().functions) {
+    if (name == function.kernel->name) return &function;
+  }
+  return nullptr;
+}
+
+const Variable* find_variable(const void* shadow) {
+  const auto it = registry().variables.find(shadow);
+  return it == registry().variables.end() ? nullptr : it->second;
+}
+
+cudaError_t launch(Function* function, Dim grid, Dim block, void** arguments, size_t dynamic_smem) {
+  if (!function) return remember(cudaErrorInvalidDeviceFunction);
+  if (const cudaError_t error = check_launch(*function, grid, block, dynamic_smem)) return remember(error);
+  static std::mutex one_at_a_time;
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  const Kernel& kernel = *function->kernel;
+  alignas(128) static unsigned char parameters[32 << 10];
+  for (int i = 0; i < kernel.num_parameters; ++i) {
+    memcpy(parameters + kernel.parameters[i].offset, arguments[i], kernel.parameters[i].size);
+  }
+  statistics = {};
+  run(kernel, grid, block, dynamic_smem, parameters);
+  launches.push_back({&kernel, grid, block, dynamic_smem, statistics});
+  return cudaSuccess;
+}
+
+cudaError_t remember(cudaError_t error) {
+  if (error != cudaSuccess) last_error = error;
+  return error;
+}
+
+void not_emulated(const std::string& what) { throw Error(what + " isn't emulated"); }
+
+}  // namespace emulator
+
+using namespace emulator;
+
+namespace {
+struct Configuration {
+  dim3 grid, block;
+  size_t smem;
+  cudaStream_t stream;
+};
+thread_local std::vector<Configuration> configurations;  // from <<<>>> to the kernel's stub
+
+Dim dim(dim3 d) { return {d.x, d.y, d.z}; }
+}  // namespace
+
+// ---- What nvcc's host code calls. Its __cudaRegisterFatBinary is the translation's (build.py) ----
+
+extern "C" {
+void __cudaRegisterFatBinaryEnd(void** handle) {
+  const auto* module = reinterpret_cast<const Module*>(handle);
+  for (int i = 0; i < module->num_variables; ++i) {
+    const Variable& v = module->variables[i];
+    add_buffer(v.storage, v.size, v.name);
+  }
+}
+void __cudaUnregisterFatBinary(void**) {}
+char __cudaInitModule(void**) { return 1; }
+
+void __cudaRegisterFunction(void** handle, const char* host, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*,
+                            int*) {
+  const auto* module = reinterpret_cast<const Module*>(handle);
+  for (int i = 0; i < module->num_kernels; ++i) {
+    const Kernel& kernel = module->kernels[i];
+    if (strcmp(kernel.name, name) == 0) {
+      registry().functions[host] = {&kernel, module, kDefaultSmem - kernel.static_smem};
+      return;
+    }
+  }
+  throw Error(std::string("no translation of the kernel ") + name);
+}
+
+void __cudaRegisterVar(void** handle, char* host, char*, const char* name, int, size_t, int, int) {
+  const auto* module = reinterpret_cast<const Module*>(handle);
+  for (int i = 0; i < module->num_variables; ++i) {  // those without a use aren't there
+    const Variable& v = module->variables[i];
+    if (strcmp(v.name, name) == 0) registry().variables[host] = &v;
+  }
+}
+
+unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t smem, CUstream_st* stream) {
+  configurations.push_back({grid, block, smem, stream});
+  return 0;
+}
+
+cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* smem, void* stream) {
+  if (configurations.empty()) return remember(cudaErrorMissingConfiguration);
+  const Configuration c = configurations.back();
+  configurations.pop_back();
+  *grid = c.grid;
+  *block = c.block;
+  *smem = c.smem;
+  *static_cast<cudaStream_t*>(stream) = c.stream;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetKernel(cudaKernel_t* kernel, const void* host) {
+  *kernel = reinterpret_cast<cudaKernel_t>(find_function(host));
+  return remember(*kernel ? cudaSuccess : cudaErrorInvalidDeviceFunction);
+}
+cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* host) { return cudaGetKernel(kernel, host); }
+
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t smem,
+                               cudaStream_t) {
+  return launch(find_function(static_cast<const void*>(kernel)), dim(grid), dim(block), arguments, smem);
+}
+cudaError_t cudaLaunchKernel(const void* host, dim3 grid, dim3 block, void** arguments, size_t smem, cudaStream_t) {
+  return launch(find_function(host), dim(grid), dim(block), arguments, smem);
+}
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* host, void** arguments) {
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const cudaLaunchAttribute& a = config->attrs[i];
+    const auto& cluster = a.val.clusterDim;
+    if (a.id == cudaLaunchAttributeClusterDimension && cluster.x * cluster.y * cluster.z > 1) {
+      not_emulated("a cluster of several blocks");
+    }
+    if (a.id == cudaLaunchAttributeCooperative && a.val.cooperative) not_emulated("a cooperative launch");
+  }
+  return launch(find_function(host), dim(config->gridDim), dim(config->blockDim), arguments, config->dynamicSmemBytes);
+}
+
+cudaError_t cudaFuncSetAttribute(const void* host, cudaFuncAttribute attribute, int value) {
+  Function* f = find_function(host);
+  if (!f) return remember(cudaErrorInvalidDeviceFunction);
+  if (const cudaError_t error = check_image(*f)) return remember(error);
+  if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) return cudaSuccess;  // for speed alone
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) not_emulated("this attribute of a kernel");
+  if (value < 0 || value + f->kernel->static_smem > device_model().smem_per_block_optin) {
+    return remember(cudaErrorInvalidValue);
+  }
+  f->max_dynamic_smem = value;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetLastError() {
+  const cudaError_t error = last_error;
+  last_error = cudaSuccess;
+  return error;
+}
+cudaError_t cudaPeekAtLastError() { return last_error; }
+const char* cudaGetErrorString(cudaError_t error) { return error_text(error); }
+}

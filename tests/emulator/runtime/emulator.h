@@ -1,0 +1,155 @@
+// What translated kernels, the scheduler of their threads and the stand-in for the CUDA runtime share.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace emulator {
+
+// A mistake in a kernel, or something that isn't emulated. It leaves the launch; the block is abandoned.
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+struct Dim {
+  uint32_t x = 1, y = 1, z = 1;
+  uint64_t count() const { return static_cast<uint64_t>(x) * y * z; }
+};
+
+// ---- What translate.py writes of a source ----
+
+struct Parameter {
+  uint32_t offset, size;
+};
+
+struct Kernel {
+  const char* name;  // mangled
+  void (*body)();    // one thread
+  const Parameter* parameters;
+  int num_parameters;
+  size_t parameter_bytes, static_smem;
+  int max_threads;  // __launch_bounds__
+};
+
+struct Variable {
+  const char* name;
+  void* storage;
+  size_t size;
+};
+
+struct Module {
+  const Kernel* kernels;
+  int num_kernels;
+  const Variable* variables;
+  int num_variables;
+  int architecture;
+  bool is_specific;  // sm_90a and the like run on nothing else
+};
+
+// A place in a kernel that accesses memory or meets other threads. It remembers the buffer that it found last.
+struct Site {
+  const char *what, *source;
+  uint64_t epoch = 0;
+  uintptr_t begin = 0, size = 0;
+  int number = 0;  // for the profile; from 1
+};
+
+// ---- The running block ----
+
+constexpr int kWarp = 32;
+
+struct Thread {
+  Dim index;
+  uint32_t number, warp, lane;
+  unsigned char* stack;
+};
+
+struct Block {
+  const Kernel* kernel;
+  Dim grid, size, index;
+  unsigned char* smem;
+  size_t smem_bytes, dynamic_smem;
+  const unsigned char* parameters;  // in fact of the grid
+  uint64_t instructions;            // of threads, of the launch so far
+};
+
+extern Block block;
+extern Thread* current;  // null while the host runs
+
+std::string format(const char* text, ...) __attribute__((format(printf, 1, 2)));
+// Adds kernel, block and thread to the message, where one is running.
+[[noreturn]] void fail(const char* text, ...) __attribute__((format(printf, 1, 2)));
+
+// ---- Launches ----
+
+enum class Order { ascending, descending, random };
+
+struct Settings {
+  Order order = Order::ascending;
+  uint64_t seed = 0;
+  bool counts_conflicts = false;
+};
+
+extern Settings settings;
+
+struct Statistics {
+  uint64_t instructions = 0;                         // of threads
+  uint64_t warp_operations = 0;                      // shuffles, votes and the like, once a warp
+  uint64_t barriers = 0;                             // completed, by a block
+  uint64_t global_read = 0, global_written = 0;      // bytes that threads asked for
+  uint64_t shared_accesses = 0, bank_conflicts = 0;  // of warps; extra cycles: where conflicts are counted
+};
+
+extern Statistics statistics;
+
+void run(const Kernel& kernel, Dim grid, Dim size, size_t dynamic_smem, const unsigned char* parameters);
+
+// ---- Threads that meet ----
+
+enum class Reduction { none, sum, all, any };
+int barrier(const Site& site, uint32_t number, uint32_t count, Reduction reduction, int value);
+void barrier_arrive(const Site& site, uint32_t number, uint32_t count);
+void give_way(const Site& site);
+
+void warp_barrier(const Site& site, uint32_t mask);
+// What the lanes of a warp do together: `work` runs once, when all that are named have come. It gets each lane's
+// argument and the lanes that are there: those named less those that have exited.
+using LaneWork = void (*)(const Site& site, void** arguments, uint32_t lanes);
+void meet(const Site& site, uint32_t mask, void* argument, LaneWork work);
+
+enum class Shuffle { up, down, bfly, idx };
+struct Shuffled {
+  uint32_t value;
+  bool is_in_range;
+};
+Shuffled shuffle(const Site& site, Shuffle mode, uint32_t value, uint32_t lane, uint32_t clamp, uint32_t mask);
+
+struct Ballot {
+  uint32_t yes, lanes;
+};
+Ballot ballot(const Site& site, uint32_t mask, bool value);
+
+struct Match {
+  uint32_t equal, lanes;
+};
+Match match(const Site& site, uint32_t mask, uint64_t value);
+
+// ---- Memory ----
+
+// Known memory; a range may be added more than once.
+void add_buffer(const void* begin, size_t bytes, const std::string& name);
+bool remove_buffer(const void* begin);
+extern uint64_t buffer_epoch;  // changes when what sites remember may be out of date
+// Finds the buffer, for the site to remember, or fails with the nearest one.
+void find_buffer(Site& site, uintptr_t address, size_t bytes);
+bool is_in_buffer(const void* begin, size_t bytes);
+
+constexpr size_t kStackBytes = 256 << 10;
+// Whether a generic address is in the block's shared memory, the kernel's parameters or this thread's local memory.
+bool is_private(uintptr_t address, size_t bytes);
+
+void record_shared_access(Site& site, uint32_t offset, uint32_t bytes);
+
+}  // namespace emulator

@@ -1,0 +1,228 @@
+#include "scheduler.h"
+
+#include <cxxabi.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <numeric>
+#include <utility>
+
+namespace emulator {
+
+Block block;
+Thread* current = nullptr;
+Settings settings;
+Statistics statistics;
+std::vector<Fiber> fibers;
+uint32_t num_live;
+
+namespace {
+
+std::deque<Fiber*> ready;
+void* launcher;       // its stack pointer, while a block runs
+std::string failure;  // why the block was abandoned; empty if it wasn't
+uint64_t random_state;
+
+uint64_t draw() {  // xorshift64*
+  random_state ^= random_state >> 12;
+  random_state ^= random_state << 25;
+  random_state ^= random_state >> 27;
+  return random_state * 0x2545f4914f6cdd1dull;
+}
+
+// Saves the callee-saved registers and the stack pointer, and continues where `to` was left.
+__attribute__((naked, noinline)) void switch_stacks(void** /*from*/, void* /*to*/) {
+  asm("push %rbp\n push %rbx\n push %r12\n push %r13\n push %r14\n push %r15\n"
+      "mov %rsp, (%rdi)\n mov %rsi, %rsp\n"
+      "pop %r15\n pop %r14\n pop %r13\n pop %r12\n pop %rbx\n pop %rbp\n ret");
+}
+
+void switch_to(Fiber* next) {
+  void** from = &self().stack_pointer;
+  current = next;
+  switch_stacks(from, next ? next->stack_pointer : launcher);
+}
+
+Fiber* next_ready() {
+  if (ready.empty()) return nullptr;
+  if (settings.order == Order::random) std::swap(ready.front(), ready[draw() % ready.size()]);
+  Fiber* next = ready.front();
+  ready.pop_front();
+  return next;
+}
+
+// Which threads wait where: one line for neighbours that wait at the same place.
+[[noreturn]] void fail_deadlocked() {
+  std::string text = format("deadlock: %u of %zu threads wait for ever", num_live, block.size.count());
+  const uint32_t n = block.size.count();
+  int lines = 0;
+  for (uint32_t i = 0, end; i < n && lines < 16; i = end) {
+    for (end = i + 1; end < n && fibers[end].waits_at == fibers[i].waits_at; ++end) {
+    }
+    if (const Site* site = fibers[i].waits_at) {
+      text += format("\n  threads %u to %u wait at %s at %s", i, end - 1, site->what, site->source);
+      ++lines;
+    }
+  }
+  fail("%s%s", text.c_str(), describe_warps().c_str());
+}
+
+void run_others() {
+  Fiber* next = next_ready();
+  if (!next && num_live > 0) fail_deadlocked();
+  if (next != current) switch_to(next);
+}
+
+void fiber_main() {
+  block.kernel->body();
+  self().has_exited = true;
+  self().waits_at = nullptr;
+  --num_live;
+  leave_barriers();
+  leave_warp();
+  run_others();
+  abort();
+}
+
+void allocate_fibers(size_t n) {
+  const size_t old = fibers.size();
+  if (n <= old) return;
+  fibers.resize(n);
+  for (size_t i = old; i < n; ++i) {
+    void* stack =
+        mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (stack == MAP_FAILED) throw std::bad_alloc();
+    mprotect(stack, 4096, PROT_NONE);
+    fibers[i].stack = static_cast<unsigned char*>(stack);
+  }
+}
+
+void start_fiber(uint32_t i) {
+  Fiber& f = fibers[i];
+  f.index = {i % block.size.x, i / block.size.x % block.size.y, i / block.size.x / block.size.y};
+  f.number = i;
+  f.warp = i / kWarp;
+  f.lane = i % kWarp;
+  f.has_exited = false;
+  f.waits_at = nullptr;
+  f.waits_for = nullptr;
+  std::fill(f.visits.begin(), f.visits.end(), 0);
+  // What switch_stacks pops: six registers and where to go. Staggered, else all stacks would share cache sets.
+  auto** sp = reinterpret_cast<void**>(f.stack + kStackBytes - i * 9 % 64 * 64) - 2;
+  *--sp = nullptr;
+  *--sp = reinterpret_cast<void*>(fiber_main);
+  for (int k = 0; k < 6; ++k) *--sp = nullptr;
+  f.stack_pointer = sp;
+}
+
+void run_block() {
+  const auto n = static_cast<uint32_t>(block.size.count());
+  memset(block.smem, 0xff, block.smem_bytes);  // NaN, until it is written
+  reset_barriers();
+  reset_warps();
+  ready.clear();
+  num_live = n;
+  for (uint32_t i = 0; i < n; ++i) {
+    start_fiber(i);
+    if (settings.order == Order::descending) {
+      ready.push_front(&fibers[i]);
+    } else {
+      ready.push_back(&fibers[i]);
+    }
+  }
+  Fiber* first = next_ready();
+  current = first;
+  switch_stacks(&launcher, first->stack_pointer);
+  if (!failure.empty()) {
+    finish_profile();
+    throw Error(std::exchange(failure, {}));
+  }
+  finish_profile();
+}
+
+std::vector<uint64_t> order_of_blocks(uint64_t n) {
+  std::vector<uint64_t> order(n);
+  std::iota(order.begin(), order.end(), 0);
+  if (settings.order == Order::descending) std::reverse(order.begin(), order.end());
+  if (settings.order == Order::random) {
+    for (uint64_t i = n; i > 1; --i) std::swap(order[i - 1], order[draw() % i]);
+  }
+  return order;
+}
+
+}  // namespace
+
+void wait_for(const void* event, const Site& site) {
+  self().waits_for = event;
+  self().waits_at = &site;
+  run_others();
+}
+
+void wake(const void* event, uint32_t begin, uint32_t end, int result) {
+  for (uint32_t k = begin; k < end; ++k) {
+    Fiber& f = fibers[settings.order == Order::descending ? end - 1 - (k - begin) : k];
+    if (f.waits_for != event) continue;
+    f.waits_for = nullptr;
+    f.waits_at = nullptr;
+    f.result = result;
+    ready.push_back(&f);
+  }
+}
+
+void give_way_to_woken() { run_others(); }
+
+void give_way(const Site&) {
+  ready.push_back(&self());
+  run_others();
+}
+
+std::string format(const char* text, ...) {
+  va_list arguments, again;
+  va_start(arguments, text);
+  va_copy(again, arguments);
+  std::string result(vsnprintf(nullptr, 0, text, arguments), '\0');
+  vsnprintf(result.data(), result.size() + 1, text, again);
+  va_end(again);
+  va_end(arguments);
+  return result;
+}
+
+void fail(const char* text, ...) {
+  va_list arguments;
+  va_start(arguments, text);
+  char message[4096];
+  vsnprintf(message, sizeof message, text, arguments);
+  va_end(arguments);
+  if (!current) throw Error(message);
+  int status;
+  char* name = abi::__cxa_demangle(block.kernel->name, nullptr, nullptr, &status);
+  const Dim b = block.index, t = current->index;
+  failure = format("%s\n  in kernel %s, block (%u, %u, %u), thread (%u, %u, %u)", message,
+                   name ? name : block.kernel->name, b.x, b.y, b.z, t.x, t.y, t.z);
+  free(name);
+  switch_to(nullptr);  // for ever: run_block throws it
+  abort();
+}
+
+void run(const Kernel& kernel, Dim grid, Dim size, size_t dynamic_smem, const unsigned char* parameters) {
+  if (current) throw Error("a launch within a kernel isn't emulated");
+  static std::vector<unsigned char> smem;
+  block = {&kernel, grid, size, {}, nullptr, kernel.static_smem + dynamic_smem, dynamic_smem, parameters, 0};
+  smem.resize(block.smem_bytes + 1024);
+  block.smem = reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(smem.data()) + 1023) & ~uintptr_t(1023));
+  allocate_fibers(size.count());
+  random_state = (settings.seed + 1) * 0x9e3779b97f4a7c15ull | 1;
+  for (const uint64_t i : order_of_blocks(grid.count())) {
+    block.index = {static_cast<uint32_t>(i % grid.x), static_cast<uint32_t>(i / grid.x % grid.y),
+                   static_cast<uint32_t>(i / grid.x / grid.y)};
+    run_block();
+  }
+  statistics.instructions += block.instructions;
+}
+
+}  // namespace emulator

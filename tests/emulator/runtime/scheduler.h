@@ -1,0 +1,40 @@
+// Threads of a block as fibers, of which one runs until it has to wait.
+#pragma once
+
+#include <vector>
+
+#include "emulator.h"
+
+namespace emulator {
+
+struct Fiber : Thread {
+  void* stack_pointer;
+  bool has_exited;
+  const Site* waits_at;          // where it waits
+  const void* waits_for;         // null: it doesn't
+  int result;                    // what it waited for hands over
+  std::vector<uint32_t> visits;  // of each site, for the profile
+};
+
+extern std::vector<Fiber> fibers;  // the running block's, and maybe more
+extern uint32_t num_live;          // of them, those that haven't exited
+
+inline Fiber& self() { return *static_cast<Fiber*>(current); }
+
+// Runs others until wake() is called for `event`.
+void wait_for(const void* event, const Site& site);
+// In the order of the schedule, those in [begin, end) that wait for `event`.
+void wake(const void* event, uint32_t begin, uint32_t end, int result = 0);
+// The one that woke others, itself among them, waits for its turn.
+void give_way_to_woken();
+
+void reset_barriers();
+void reset_warps();
+// What a thread's end means for the others.
+void leave_barriers();
+void leave_warp();
+std::string describe_warps();  // which lanes are awaited
+
+void finish_profile();
+
+}  // namespace emulator

@@ -1,0 +1,177 @@
+// What the lanes of a warp do together. Several groups of lanes may be on their way at once.
+#include <algorithm>
+#include <cstring>
+
+#include "scheduler.h"
+
+namespace emulator {
+
+namespace {
+
+struct Group {
+  uint32_t mask, arrived;  // none has arrived: free
+  const Site* site;
+  LaneWork work;
+  void* arguments[kWarp];
+};
+
+struct Warp {
+  Group groups[kWarp];
+  uint32_t live;
+};
+
+std::vector<Warp> warps;
+
+Group& find_group(Warp& warp, const Site& site, uint32_t mask) {
+  Group* unused = nullptr;
+  for (Group& g : warp.groups) {
+    if (g.arrived == 0) {
+      unused = &g;
+    } else if (g.mask & mask) {
+      if (g.mask != mask) {
+        fail("%s at %s: mask %08x overlaps %08x, which %s at %s waits for", site.what, site.source, mask, g.mask,
+             g.site->what, g.site->source);
+      }
+      if (strcmp(g.site->what, site.what) != 0) {
+        fail("divergent warp: lane %u is at %s at %s, others are at %s at %s", current->lane, site.what, site.source,
+             g.site->what, g.site->source);
+      }
+      return g;
+    }
+  }
+  return *unused;  // groups are disjoint: there are as many as lanes
+}
+
+bool is_complete(const Warp& warp, const Group& g) { return (g.mask & warp.live & ~g.arrived) == 0; }
+
+void complete(Group& g, uint32_t warp) {
+  const uint32_t lanes = g.arrived;
+  g.work(*g.site, g.arguments, lanes);
+  g.arrived = 0;
+  ++statistics.warp_operations;
+  wake(&g, warp * kWarp, std::min<uint32_t>((warp + 1) * kWarp, block.size.count()));
+}
+
+}  // namespace
+
+void meet(const Site& site, uint32_t mask, void* argument, LaneWork work) {
+  Fiber& me = self();
+  Warp& warp = warps[me.warp];
+  const uint32_t bit = 1u << me.lane;
+  if (!(mask & bit)) fail("%s at %s: lane %u isn't in its mask %08x", site.what, site.source, me.lane, mask);
+  Group& g = find_group(warp, site, mask);
+  if (g.arrived == 0) g = {mask, 0, &site, work, {}};
+  g.arrived |= bit;
+  g.arguments[me.lane] = argument;
+  if (is_complete(warp, g)) {
+    me.waits_for = &g;
+    complete(g, me.warp);
+    give_way_to_woken();
+  } else {
+    wait_for(&g, site);
+  }
+}
+
+void warp_barrier(const Site& site, uint32_t mask) {
+  meet(site, mask, nullptr, [](const Site&, void**, uint32_t) {});
+}
+
+Shuffled shuffle(const Site& site, Shuffle mode, uint32_t value, uint32_t lane, uint32_t clamp, uint32_t mask) {
+  struct Lane {
+    uint32_t value;
+    int source;
+    uint32_t result;
+  };
+  // The definition in the PTX ISA: `clamp` holds the segment's mask and its last lane.
+  const int me = current->lane, segment = clamp >> 8 & 31, last = clamp & 31, b = lane & 31;
+  const int max_lane = (me & segment) | (last & ~segment), min_lane = me & segment;
+  int source = 0;
+  bool is_in_range = false;
+  switch (mode) {
+    case Shuffle::up: source = me - b, is_in_range = source >= max_lane; break;
+    case Shuffle::down: source = me + b, is_in_range = source <= max_lane; break;
+    case Shuffle::bfly: source = me ^ b, is_in_range = source <= max_lane; break;
+    case Shuffle::idx: source = min_lane | (b & ~segment), is_in_range = source <= max_lane; break;
+  }
+  Lane mine{value, is_in_range ? source : me, 0};
+  meet(site, mask, &mine, [](const Site& site, void** arguments, uint32_t lanes) {
+    for (int i = 0; i < kWarp; ++i) {
+      if (!(lanes >> i & 1)) continue;
+      auto* to = static_cast<Lane*>(arguments[i]);
+      if (!(lanes >> to->source & 1)) {
+        fail("%s at %s: lane %d reads lane %d, which isn't there (%08x are)", site.what, site.source, i, to->source,
+             lanes);
+      }
+      to->result = static_cast<Lane*>(arguments[to->source])->value;
+    }
+  });
+  return {mine.result, is_in_range};
+}
+
+Ballot ballot(const Site& site, uint32_t mask, bool value) {
+  struct Lane {
+    bool value;
+    Ballot result;
+  } mine{value, {}};
+  meet(site, mask, &mine, [](const Site&, void** arguments, uint32_t lanes) {
+    Ballot result{0, lanes};
+    for (int i = 0; i < kWarp; ++i) {
+      if (lanes >> i & 1 && static_cast<Lane*>(arguments[i])->value) result.yes |= 1u << i;
+    }
+    for (int i = 0; i < kWarp; ++i) {
+      if (lanes >> i & 1) static_cast<Lane*>(arguments[i])->result = result;
+    }
+  });
+  return mine.result;
+}
+
+Match match(const Site& site, uint32_t mask, uint64_t value) {
+  struct Lane {
+    uint64_t value;
+    Match result;
+  } mine{value, {}};
+  meet(site, mask, &mine, [](const Site&, void** arguments, uint32_t lanes) {
+    const auto at = [&](int i) { return static_cast<Lane*>(arguments[i]); };
+    for (int i = 0; i < kWarp; ++i) {
+      if (!(lanes >> i & 1)) continue;
+      at(i)->result = {0, lanes};
+      for (int j = 0; j < kWarp; ++j) {
+        if (lanes >> j & 1 && at(j)->value == at(i)->value) at(i)->result.equal |= 1u << j;
+      }
+    }
+  });
+  return mine.result;
+}
+
+void reset_warps() {
+  const uint32_t n = block.size.count();
+  warps.resize((n + kWarp - 1) / kWarp);
+  for (uint32_t i = 0; i < warps.size(); ++i) {
+    for (Group& g : warps[i].groups) g.arrived = 0;
+    const uint32_t lanes = std::min<uint32_t>(n - i * kWarp, kWarp);
+    warps[i].live = lanes == kWarp ? ~0u : (1u << lanes) - 1;
+  }
+}
+
+void leave_warp() {
+  Warp& warp = warps[current->warp];
+  warp.live &= ~(1u << current->lane);
+  for (Group& g : warp.groups) {
+    if (g.arrived && is_complete(warp, g)) complete(g, current->warp);
+  }
+}
+
+std::string describe_warps() {
+  std::string text;
+  for (size_t i = 0; i < warps.size() && text.size() < 1000; ++i) {
+    for (const Group& g : warps[i].groups) {
+      if (g.arrived) {
+        text +=
+            format("\n  warp %zu: %s at %s has lanes %08x of %08x", i, g.site->what, g.site->source, g.arrived, g.mask);
+      }
+    }
+  }
+  return text;
+}
+
+}  // namespace emulator
