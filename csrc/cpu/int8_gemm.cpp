@@ -59,8 +59,11 @@ struct Int8Kernels {
   Int8Multiply multiply;
 };
 
+constexpr int kMostMicroRows = 6;
+
 template <class D>
 Int8Kernels kernels_of(Int8Multiply multiply) {
+  static_assert(D::kRows <= kMostMicroRows);
   return {D::kLeft, D::kRows, D::kRegs * D::kCols, multiply};
 }
 
@@ -182,19 +185,22 @@ class Int8Driver {
     run_units(parts, kWorkOfElement * num_rows_ * gemm_.depth, [&](const Int8Task& part) {
       const int64_t begin = part.unit.j_begin, end = std::min(begin + kernels_.rows, part.unit.num_rows);
       const int64_t padded_rows = round_up(part.unit.num_rows, kernels_.rows);
-      int8_t* const scratch = Workspace::of_this_thread().take<int8_t>(gemm_.depth);
+      int8_t* const scratch = Workspace::of_this_thread().take<int8_t>(kernels_.rows * gemm_.depth);
+      Int8Row rows[kMostMicroRows];
+      uint32_t sums[kMostMicroRows] = {};
       for (int64_t i = begin; i < end; ++i) {
-        const Int8Row row = gemm_.row_of(part.unit.b, part.unit.i_begin + i, scratch);
-        uint32_t sum = 0;
-        char* block = left + part.first_row * left_row_;
-        for (int64_t q = 0; q < shape_.num_blocks(); ++q) {
-          const int64_t depth = shape_.block_depth(q), row_bytes = ceil_div(depth, kGroupDepth) * group_bytes;
-          sum += pack_left(kernels_.left, row.data + q * kBlockDepth * row.stride, row.stride, depth,
-                           block + begin * row_bytes + (i - begin) * group_bytes, step);
-          block += padded_rows * row_bytes;
-        }
-        row_begin[part.first_row + i] = static_cast<int32_t>(sum);
+        rows[i - begin] = gemm_.row_of(part.unit.b, part.unit.i_begin + i, scratch + (i - begin) * gemm_.depth);
       }
+      char* block = left + part.first_row * left_row_;
+      for (int64_t q = 0; q < shape_.num_blocks(); ++q) {
+        const int64_t depth = shape_.block_depth(q), row_bytes = ceil_div(depth, kGroupDepth) * group_bytes;
+        for (int64_t r = 0; r < end - begin; ++r) {
+          sums[r] += pack_left(kernels_.left, rows[r].data + q * kBlockDepth * rows[r].stride, rows[r].stride, depth,
+                               block + begin * row_bytes + r * group_bytes, step);
+        }
+        block += padded_rows * row_bytes;
+      }
+      for (int64_t i = begin; i < end; ++i) row_begin[part.first_row + i] = static_cast<int32_t>(sums[i - begin]);
     });
   }
 

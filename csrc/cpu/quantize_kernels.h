@@ -5,11 +5,13 @@ template <class V, class T>
 BK_TARGET float largest_magnitude(const T* x, int64_t n) {
   using Reg = typename V::Reg;
   const Reg zero = V::set(0);
-  constexpr int kSums = 4;  // hide the latency
+  constexpr int kSums = 4;                      // hide the latency
+  constexpr int64_t kAhead = 2048 / sizeof(T);  // fetched beyond the end of a page too, where the hardware stops
   Reg largest[kSums] = {zero, zero, zero, zero};
   Reg nothing[kSums] = {zero, zero, zero, zero};  // of x * 0, which is NaN for the others
   int64_t k = 0;
   for (; k + kSums * V::kWidth <= n; k += kSums * V::kWidth) {
+    for (int j = 0; j < kSums * V::kWidth; j += 64 / sizeof(T)) __builtin_prefetch(x + k + j + kAhead);
 #pragma GCC unroll 4
     for (int s = 0; s < kSums; ++s) {
       const Reg v = V::load(x + k + s * V::kWidth);
