@@ -92,6 +92,7 @@ class Conv2dWeight {
   Conv2dWeight(const Tensor& weight_q, const Tensor& x, Conv2dShape& s) : shape_{s.depth(), s.group_outputs()} {
     check_int8("weight_q", weight_q);
     check_same_device("weight_q", weight_q, "x", x);
+    check_terms("C / groups * kH * kW", s.depth());
     BK_CHECK(weight_q.dim() == 1 || weight_q.dim() == 4,
              "weight_q must have shape [O, C / groups, kH, kW] or be packed, got ", shape(weight_q));
     if (weight_q.dim() == 1) {

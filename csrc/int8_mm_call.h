@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -110,6 +111,13 @@ inline PackedHeader read_packed_header(const Tensor& packed) {
   return header;
 }
 
+// So many products of a quantised x, from -127 to 127, with a weight, from -128 on, fit int32.
+constexpr int64_t kMostTerms = std::numeric_limits<int32_t>::max() / (127 * 128);
+
+inline void check_terms(const char* what, int64_t terms) {
+  BK_CHECK(terms <= kMostTerms, what, " must be at most ", kMostTerms, ", or sums might not fit int32, got ", terms);
+}
+
 // The weight [N, K] of a layer, plain or packed.
 struct Int8Weight {
   Int8Matrix plain;              // as B [K, N]
@@ -118,6 +126,7 @@ struct Int8Weight {
   Int8Weight(const Tensor& weight_q, const Tensor& x, int64_t N, int64_t K) {
     check_int8("weight_q", weight_q);
     check_same_device("weight_q", weight_q, "x", x);
+    check_terms("K", K);
     BK_CHECK(weight_q.dim() == 1 || weight_q.dim() == 2, "weight_q must have shape [N, K] or be packed, got ",
              shape(weight_q));
     if (weight_q.dim() == 1) {

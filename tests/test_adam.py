@@ -12,6 +12,7 @@ from bigkern.ops import AdamGroup, adam_, grad_norm, reference
 from bigkern.testing import assert_as_accurate
 
 DEVICES = ["cpu", "emulated", "cuda"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_worked_example(device):

@@ -11,6 +11,7 @@ from bigkern.ops import adam_, grad_norm, reference
 from bigkern.testing import assert_as_accurate
 
 DEVICES = ["cpu", "emulated", "cuda"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -138,6 +138,10 @@ LINEAR = {
         "x_scale": torch.ones(2, 1)
     },
     "x_scale must be finite and not negative, got -0.5": {"x_scale": -0.5},
+    "K must be at most 132104, or sums might not fit int32, got 132105": {
+        "x": torch.ones(2, 132105),
+        "weight_q": ints(4, 132105),
+    },
 }
 WEIGHT_ONLY = {
     "weight_q must have shape [N, K] with the last size of x [2, 5] as K, got [4, 3]": {

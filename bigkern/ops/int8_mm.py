@@ -98,7 +98,7 @@ def int8_linear(
         y_{ij} = \mathrm{act}\Big(s_i\,t_j \sum_k q_{ik} w_{jk} + \mathrm{bias}_j\Big)
 
     with the integers :math:`q` and scales :math:`s` of x, :math:`w` and :math:`t` of the weight.
-    The sum is exact (see :func:`int8_mm`), what follows is in float32, rounded once; nothing
+    The sum is exact, what follows is in float32, rounded once; nothing
     intermediate is stored. (Jacob et al. 2018, https://arxiv.org/abs/1712.05877, section 2.2; the
     scales of rows as in Dettmers et al. 2022, https://arxiv.org/abs/2208.07339, equation 3.)
 
@@ -120,7 +120,8 @@ def int8_linear(
 
     Raises:
         ValueError: shapes that don't fit, another dtype or device than stated here, an unknown
-            activation, an x_scale that is negative or not finite.
+            activation, an x_scale that is negative or not finite; K over 132,104, whose sums might
+            not fit int32.
         NotImplementedError: no backend for the device; a weight_scale or x_scale that requires a
             gradient.
     """
