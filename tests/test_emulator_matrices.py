@@ -69,6 +69,6 @@ def test_mistakes_in_a_pipeline_show_under_some_schedule(run, bug):
 
 def test_an_asynchronous_copy_past_the_end_is_named(run):
     with pytest.raises(
-        RuntimeError, match=r"cp.async\S* at matrices.cu:\d+: 16 bytes .*argument 0"
+        RuntimeError, match=r"cp.async\S* at matrices.cu:\d+ \(in \S+\): 16 bytes .*argument 0"
     ):
         pipeline(run, 1001, 5, ("asc", 0))
