@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 STAMP := build/installed$(subst /,-,$(VENV))
 LINTERS := build/linters$(subst /,-,$(VENV))
-SOURCES := setup.py pyproject.toml $(shell find csrc tests/emulator -name "*.cpp" -o -name "*.cu" -o -name "*.cuh" -o -name "*.h")
+SOURCES := setup.py pyproject.toml $(CXX_SOURCES)
+CXX_SOURCES := $(shell find csrc tests/emulator -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 PYTEST := $(BIN)/python -m pytest
 
 .PHONY: train test test-slow lint format bench gpu clean
@@ -23,12 +24,12 @@ test-slow: $(STAMP)
 lint: $(LINTERS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests/emulator -name "*.cpp" -o -name "*.cu" -o -name "*.cuh" -o -name "*.h")
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 
 format: $(LINTERS)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell find csrc tests/emulator -name "*.cpp" -o -name "*.cu" -o -name "*.cuh" -o -name "*.h")
+	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_adam.py

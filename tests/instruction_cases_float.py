@@ -24,6 +24,11 @@ def rounded(x: Fraction, kind: str) -> float:
     return math.copysign(math.inf, x) if abs(result) >= 2 ** (largest + 1) else float(result)
 
 
+def unit(x: float) -> Fraction:
+    """Of the last place of tf32."""
+    return Fraction(2) ** (max(math.frexp(x)[1] - 1, -126) - 10)
+
+
 def decode(values: np.ndarray, kind: str) -> np.ndarray:
     """Halves, of which only the bits are there, as float64."""
     halves = torch.from_numpy(values.view(np.int16)).view(HALF_TYPES[kind.removesuffix("x2")])
@@ -75,6 +80,14 @@ def to_half_toward_zero(x):
     bits = torch.from_numpy(x).half().view(torch.int16).numpy().view(np.uint16)
     is_larger = np.abs(decode(bits, "f16")) > np.abs(x.astype(np.float64))
     return decode(np.where(is_larger, bits - 1, bits).astype(np.uint16), "f16")
+
+
+def to_tf32(x):
+    """10 bits of mantissa, ties away from 0."""
+    numbers = x.tolist()
+    units = [math.floor(abs(Fraction(v)) / unit(v) + Fraction(1, 2)) for v in numbers]
+    rows = [math.copysign(n * unit(v), v) for n, v in zip(units, numbers, strict=True)]
+    return np.array(rows).astype(np.float32).view(np.uint32).astype(np.uint64)
 
 
 def pairs(kind):
@@ -161,6 +174,7 @@ CASES += [
     Case("cvt.rn.f16.s32", "s32", "f16", lambda x: to_half("f16")(x.astype(np.float64))),
     Case("cvt.rn.f16x2.f32", "f32 f32", "f16x2", pairs("f16")),
     Case("cvt.rn.bf16x2.f32", "f32 f32", "bf16x2", pairs("bf16")),
+    Case("cvt.rna.tf32.f32", "f32", "u32", to_tf32, finite),
     Case("cvt.f32.f16", "f16", "f32", lambda x: decode(x, "f16").astype(np.float32)),
 ]
 for kind in ("f16", "bf16", "f16x2", "bf16x2"):

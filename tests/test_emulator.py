@@ -309,7 +309,7 @@ PTX = """
         "ld.global.surprising.u32 %r1, [%r2];",
         "mov.u32 %r1, %surprise;",
         "call.uni surprise;",
-        "cvt.rna.tf32.f32 %r1, %r2;",
+        "cvt.rna.satfinite.tf32.f32 %r1, %r2;",
     ],
 )
 def test_what_is_unknown_is_an_error_with_its_line(instruction):

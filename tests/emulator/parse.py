@@ -241,12 +241,17 @@ class _Body:
         self.num_scopes += 1
 
     def _set_source(self, loc: str) -> None:
-        """Code from the toolkit's headers counts as its caller's."""
+        """Of inlined code, its caller's place too; that alone for code of the toolkit's headers."""
         number, line = loc.split()[:2]
         inlined = re.search(r"inlined_at (\d+) (\d+)", loc)
+        self.source = self._place(number, line)
         if inlined and "/include/" in self.files.get(number, ""):
-            number, line = inlined.groups()
-        self.source = f"{Path(self.files.get(number, '?')).name}:{line}"
+            self.source = self._place(*inlined.groups())
+        elif inlined:
+            self.source += f" (in {self._place(*inlined.groups())})"
+
+    def _place(self, number: str, line: str) -> str:
+        return f"{Path(self.files.get(number, '?')).name}:{line}"
 
     def _statement(self, text: str) -> None:
         if text.startswith(".reg"):

@@ -3,7 +3,14 @@
 import re
 from dataclasses import dataclass
 
-from emulator import rules, rules_arithmetic, rules_convert, rules_memory, rules_threads  # noqa: F401
+from emulator import (  # noqa: F401
+    rules,
+    rules_arithmetic,
+    rules_convert,
+    rules_matrices,
+    rules_memory,
+    rules_threads,
+)
 from emulator.parse import (
     Address,
     Function,

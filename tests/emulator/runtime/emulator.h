@@ -136,6 +136,30 @@ struct Match {
 };
 Match match(const Site& site, uint32_t mask, uint64_t value);
 
+// ---- Asynchronous copies and matrices ----
+
+// cp.async: the bytes arrive when this thread waits for their group, and are NaN until then.
+void copy_async(unsigned char* to, const unsigned char* from, uint32_t bytes, uint32_t bytes_from);
+void commit_copies();
+void wait_for_copies(uint32_t pending_groups);
+
+// A lane's registers of D = A B + C, with 16 rows and 8 columns.
+struct Fragments {
+  uint32_t a[4], b[2], c[4], d[4];
+  int num_b;  // of k / (4 elements of a register); A has twice as many
+};
+enum class Element { f16, bf16, tf32, s8 };
+void multiply(const Site& site, Element element, Fragments& fragments);
+
+// 8 x 8 matrices of 16 bits, whose rows' addresses the lanes give.
+struct MatrixLoad {
+  const unsigned char* row;
+  int count;
+  bool transposed;
+  uint32_t registers[4];
+};
+void load_matrices(const Site& site, MatrixLoad& load);
+
 // ---- Memory ----
 
 // Known memory; a range may be added more than once.

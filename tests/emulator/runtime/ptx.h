@@ -61,6 +61,18 @@ inline unsigned char* global_pointer(Site& site, uint64_t address) {
   return reinterpret_cast<unsigned char*>(address);
 }
 
+// Of an access of `size` bytes that reads `bytes` of them, maybe none.
+template <size_t size>
+inline unsigned char* partial_global_pointer(Site& site, uint64_t address, size_t bytes) {
+  if (bytes > size) fail("%s at %s: %zu bytes of %zu", site.what, site.source, bytes, size);
+  if (bytes > 0) {
+    check_alignment(site, address, size);
+    find_buffer(site, address, bytes);
+  }
+  statistics.global_read += bytes;
+  return reinterpret_cast<unsigned char*>(address);
+}
+
 template <class Access, size_t bytes>
 inline unsigned char* const_pointer(Site& site, uint64_t address) {
   return global_pointer<Access, bytes>(site, address);
@@ -204,6 +216,12 @@ inline T flush(T x) {
 }
 
 inline double coarse(double x) { return as<double>(as<uint64_t>(x) & ~0xffffffffull); }
+
+// 10 bits of mantissa, rounded to nearest, ties away from 0.
+inline uint32_t to_tf32(float x) {
+  const auto bits = as<uint32_t>(x);
+  return std::isfinite(x) ? (bits + 0x1000u) & ~0x1fffu : bits;
+}
 
 template <class T>
 inline T saturate(T x) {

@@ -112,6 +112,8 @@ void start_fiber(uint32_t i) {
   f.waits_at = nullptr;
   f.waits_for = nullptr;
   std::fill(f.visits.begin(), f.visits.end(), 0);
+  f.copies.clear();
+  f.num_groups = 0;
   // What switch_stacks pops: six registers and where to go. Staggered, else all stacks would share cache sets.
   auto** sp = reinterpret_cast<void**>(f.stack + kStackBytes - i * 9 % 64 * 64) - 2;
   *--sp = nullptr;

@@ -7,6 +7,12 @@
 
 namespace emulator {
 
+struct Copy {
+  unsigned char* to;
+  const unsigned char* from;
+  uint32_t bytes, bytes_from, group;
+};
+
 struct Fiber : Thread {
   void* stack_pointer;
   bool has_exited;
@@ -14,6 +20,8 @@ struct Fiber : Thread {
   const void* waits_for;         // null: it doesn't
   int result;                    // what it waited for hands over
   std::vector<uint32_t> visits;  // of each site, for the profile
+  std::vector<Copy> copies;      // on their way
+  uint32_t num_groups;           // of copies, committed so far
 };
 
 extern std::vector<Fiber> fibers;  // the running block's, and maybe more

@@ -1,0 +1,78 @@
+"""Asynchronous copies, and the matrices of a warp."""
+
+from emulator.parse import Immediate, PtxError
+from emulator.rules import rule
+from emulator.rules_memory import pointer
+
+
+@rule("cp", "", "async ca cg shared shared::cta global L2::64B L2::128B L2::256B")
+def copy_async(c, i):
+    """Of `size` bytes, those from the fourth operand on are 0 and aren't read."""
+    to, source, size, *size_read = i.operands
+    if not isinstance(size, Immediate) or size.text not in ("4", "8", "16"):
+        raise PtxError(f"{i.source}: no rule for a copy of {size}")
+    n, site = size.text, c.site(i)
+    count = c.value(size_read[0], "u32") if size_read else n
+    to = f"{c.value(to.base, 'u32')} + {to.offset}"
+    source = f"{c.value(source.base, 'u64')} + {source.offset}"
+    return (
+        f"uint32_t n_ = {count}; auto* from_ = partial_global_pointer<{n}>({site}, {source}, n_); "
+        f"copy_async(shared_pointer<Write, {n}>({c.site(i)}, {to}), from_, {n}, n_);"
+    )
+
+
+@rule("cp", "", "async commit_group")
+def commit(c, i):
+    return "commit_copies();"
+
+
+@rule("cp", "", "async wait_group wait_all")
+def wait(c, i):
+    if "wait_all" in i.modifiers:
+        return "commit_copies(); wait_for_copies(0);"
+    return f"wait_for_copies({c.value(i.operands[0], 'u32')});"
+
+
+# The types of D, A, B and C -> how many elements a register of A or B has.
+PRODUCTS = {
+    ("f32", "f16", "f16", "f32"): 2,
+    ("f32", "bf16", "bf16", "f32"): 2,
+    ("f32", "tf32", "tf32", "f32"): 1,
+    ("s32", "s8", "s8", "s32"): 4,
+}
+SHAPES = "m16n8k4 m16n8k8 m16n8k16 m16n8k32"
+
+
+@rule("mma", "", f"sync aligned {SHAPES} row col f32 f16 bf16 tf32 s32 s8")
+def multiply(c, i):
+    d, a, b, accumulator = (o.items for o in i.operands)
+    types = i.modifiers[-4:]
+    k = 4 * len(b) * PRODUCTS.get(types, 0)
+    if f"m16n8k{k}" != i.modifiers[2] or i.modifiers[3:5] != ("row", "col"):
+        raise PtxError(f"{i.source}: no rule for the instruction `{i.text}`")
+    lines = ["Fragments f_{};", f"f_.num_b = {len(b)};"]
+    for name, registers in (("a", a), ("b", b), ("c", accumulator)):
+        lines += [f"f_.{name}[{n}] = {c.value(r, 'b32')};" for n, r in enumerate(registers)]
+    lines.append(f"multiply({c.site(i)}, Element::{types[1]}, f_);")
+    lines += [c.assign(r, "b32", f"f_.d[{n}]") for n, r in enumerate(d)]
+    return " ".join(lines)
+
+
+@rule("ldmatrix", "b16", "sync aligned m8n8 x1 x2 x4 trans shared shared::cta")
+def load_matrices(c, i):
+    target, address = i.operands
+    registers = getattr(target, "items", (target,))
+    transposed = str("trans" in i.modifiers).lower()
+    row = f"current->lane < {8 * len(registers)} ? {pointer(c, i, address, 16, 'Read')} : nullptr"
+    lines = [f"MatrixLoad m_{{{row}, {len(registers)}, {transposed}, {{}}}};"]
+    lines.append(f"load_matrices({c.site(i)}, m_);")
+    lines += [c.assign(r, "b32", f"m_.registers[{n}]") for n, r in enumerate(registers)]
+    return " ".join(lines)
+
+
+@rule("cvt", "f32", "rna tf32")
+def round_to_tf32(c, i):
+    """Ties away from 0."""
+    if i.modifiers != ("rna", "tf32", "f32"):
+        raise PtxError(f"{i.source}: no rule for the instruction `{i.text}`")
+    return c.assign(i.operands[0], "b32", f"to_tf32({c.value(i.operands[1], 'f32')})")

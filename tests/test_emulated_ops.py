@@ -1,0 +1,55 @@
+"""What the emulator counts and knows while the package's ops run in it."""
+
+import pytest
+import torch
+from emulator import ops
+from helpers import OPTIONS, Problem
+
+from bigkern.ops import adam_, grad_norm
+
+
+@pytest.mark.parametrize("n", [1, 7, 127, 1000, 4096])
+def test_adam_moves_each_byte_once(emulated_ops, n):
+    problem = Problem(torch.float32, shapes=[(n,)])
+    emulated_ops.take_launches()
+    with ops.backend():
+        adam_(*problem.lists(), **OPTIONS)
+    prepare, adam = emulated_ops.take_launches()
+    assert "prepare_step_kernel" in prepare["kernel"]
+    assert "adam_kernel<float, float, false, false>" in adam["kernel"]
+    coefficients = 8 * 8 * adam["grid"][0]  # float64, once a block
+    assert adam["global_read"] == 4 * 4 * n + coefficients
+    assert adam["global_written"] == 3 * 4 * n
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grad_norm_has_no_bank_conflicts(emulated_ops, dtype):
+    emulated_ops.take_launches()
+    emulated_ops.count_conflicts(True)
+    try:
+        with ops.backend():
+            grad_norm([torch.ones(100_000, dtype=dtype)])
+    finally:
+        emulated_ops.count_conflicts(False)
+    launches = emulated_ops.take_launches()
+    assert all(launch["shared_accesses"] > 0 for launch in launches)
+    assert all(launch["bank_conflicts"] == 0 for launch in launches)
+
+
+def test_tensors_are_known_for_the_time_of_a_call(emulated_ops):
+    problem = Problem(torch.float32, shapes=[(7,)])
+    with ops.backend():
+        adam_(*problem.lists(), **OPTIONS)
+    assert not any(emulated_ops.remove_buffer(t.data_ptr()) for t in problem.tensors())
+
+
+@pytest.mark.parametrize("model", ["a100", "h100"])
+@pytest.mark.parametrize("schedule", ["asc", "desc", "random"])
+def test_same_bits_on_every_card_and_schedule(emulated_ops, model, schedule):
+    grads = [torch.randn(n) for n in (1, 5000, 0, 129)]
+    emulated_ops.set_schedule("asc")
+    with ops.backend():
+        expected = grad_norm(grads)
+        emulated_ops.set_schedule(schedule, 1)
+        emulated_ops.set_device(model)
+        assert torch.equal(grad_norm(grads), expected)

@@ -1,0 +1,74 @@
+"""The emulator's tensor cores and asynchronous copies."""
+
+import pytest
+import torch
+from emulator import build
+from emulator_helpers import SCHEDULES, Kernels
+
+
+@pytest.fixture(scope="module")
+def run():
+    return Kernels("matrices", build.HERE / "kernels/matrices.cu")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "k", "out_dtype"),
+    [
+        ("f16", torch.float16, 16, torch.float32),
+        ("bf16", torch.bfloat16, 16, torch.float32),
+        ("tf32", torch.float32, 8, torch.float32),
+        ("s8", torch.int8, 32, torch.int32),
+    ],
+)
+def test_products(run, name, dtype, k, out_dtype):
+    a, b = torch.randint(-128, 128, (16, k)), torch.randint(-128, 128, (8, k))  # sums are exact
+    out = torch.randint(-1000, 1000, (16, 8), dtype=out_dtype)
+    expected = out + (a @ b.T).to(out_dtype)
+    run(f"product_{name}", a.to(dtype), b.to(dtype), out)
+    assert torch.equal(out, expected)
+
+
+def test_tf32_ignores_the_lower_bits(run):
+    a, b = torch.full((16, 8), 1 + 2.0**-11), torch.eye(8)
+    out = torch.zeros(16, 8)
+    run("product_tf32", a, b, out)
+    assert (out == 1).all()
+
+
+@pytest.mark.parametrize(("stride", "conflicts"), [(16, True), (24, False)])
+def test_ldmatrix(run, stride, conflicts):
+    a, b = torch.randint(-100, 100, (16, 16)), torch.randint(-100, 100, (16, 8))
+    out = torch.zeros(16, 8)
+    run.controls.take_launches()
+    run.controls.count_conflicts(True)
+    try:
+        run("product_by_ldmatrix", a.half(), b.half(), out, stride)
+    finally:
+        run.controls.count_conflicts(False)
+    assert torch.equal(out, (a @ b).float())
+    (launch,) = run.controls.take_launches()
+    assert (launch["bank_conflicts"] > 0) == conflicts
+
+
+def pipeline(run, n, bug, schedule):
+    run.controls.set_schedule(*schedule)
+    x, out = torch.randn(n), torch.zeros(n)
+    run("pipeline", x, out, n, bug, block=(64, 1, 1))
+    return torch.equal(out, 2 * x)
+
+
+@pytest.mark.parametrize("n", [1, 7, 127, 256, 1000, 2048])
+def test_asynchronous_copies(run, n):
+    assert all(pipeline(run, n, 0, schedule) for schedule in SCHEDULES)
+
+
+@pytest.mark.parametrize("bug", [1, 2, 3, 4])
+def test_mistakes_in_a_pipeline_show_under_some_schedule(run, bug):
+    assert not all(pipeline(run, 2000, bug, schedule) for schedule in SCHEDULES)
+
+
+def test_an_asynchronous_copy_past_the_end_is_named(run):
+    with pytest.raises(
+        RuntimeError, match=r"cp.async\S* at matrices.cu:\d+ \(in \S+\): 16 bytes .*argument 0"
+    ):
+        pipeline(run, 1001, 5, ("asc", 0))
