@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 STAMP := build/installed$(subst /,-,$(VENV))
 LINTERS := build/linters$(subst /,-,$(VENV))
-SOURCES := setup.py pyproject.toml $(CXX_SOURCES)
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CXX_SOURCES := $(shell find csrc tests/emulator -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 PYTEST := $(BIN)/python -m pytest
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from common import alternate, main
+from common import alternate, main, skip_slow_bfloat16
 
 from bigkern import backends
 from bigkern.models import Transformer, TransformerConfig
@@ -22,6 +22,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def test_generate(benchmark, device, batch_size, dtype):
     if device not in backends.table()["attention"]["native"]:
         pytest.skip(f"attention has no kernels for {device}")
+    if dtype == "bfloat16":
+        skip_slow_bfloat16(device)
     prompt = torch.randint(256, (batch_size, PROMPT))
     contenders = {}
     for name in ("bigkern", "torch"):

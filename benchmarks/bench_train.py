@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from common import alternate, main, sample
+from common import alternate, main, sample, skip_slow_bfloat16
 
 from bigkern import backends
 from bigkern.testing import memory_beyond_results
@@ -95,8 +95,8 @@ def test_train_cnn(benchmark, device, max_grad_norm):
 def test_train_transformer(benchmark, device, size, amp):
     if device not in backends.table()["attention"]["native"]:
         pytest.skip(f"attention has no kernels for {device}")
-    if amp and device == "cpu" and not torch.ops.bigkern.best_cpu_isa().startswith("avx512"):
-        pytest.skip("without AVX-512 torch takes a minute for a step in bfloat16")
+    if amp:
+        skip_slow_bfloat16(device)
     text = load_text(None, SIZES[size].get("context", 256))
     contenders = {}
     for name in ("bigkern", "torch"):

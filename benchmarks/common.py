@@ -64,6 +64,12 @@ def alternate(
     }
 
 
+def skip_slow_bfloat16(device: str) -> None:
+    """Skips a benchmark of a whole model in bfloat16, where torch takes minutes for it."""
+    if device == "cpu" and not torch.ops.bigkern.best_cpu_isa().startswith("avx512"):
+        pytest.skip("without AVX-512 torch takes a minute for a step in bfloat16")
+
+
 def copy_bandwidth(device: str) -> float:
     """GB/s of a copy of 256 MiB, bytes read plus bytes written: the machine's limit for streams."""
     source = torch.randn(2**26, device=device)
