@@ -21,13 +21,7 @@ BK_TARGET void dot_micro(int64_t k, GemmA<typename V::Scalar> a, Matrix<T> b, ty
     for (int i = 0; i < M; ++i) {
       const typename V::Reg a_reg = V::load(a.data + i * a.row + p);
 #pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) {
-        if constexpr (kPairs) {
-          sum[i][j] = V::dot_pairs(a_reg, b_reg[j], sum[i][j]);
-        } else {
-          sum[i][j] = V::fma(a_reg, b_reg[j], sum[i][j]);
-        }
-      }
+      for (int j = 0; j < N; ++j) sum[i][j] = multiply_add<V, kPairs>(a_reg, b_reg[j], sum[i][j]);
     }
   }
 #pragma GCC unroll 6

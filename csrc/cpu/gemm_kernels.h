@@ -24,6 +24,17 @@ struct GemmB {
   int64_t row;
 };
 
+// c + a . b, lane by lane.
+template <class V, bool kPairs>
+BK_TARGET __attribute__((always_inline)) inline typename V::Reg multiply_add(typename V::Reg a, typename V::Reg b,
+                                                                             typename V::Reg c) {
+  if constexpr (kPairs) {
+    return V::dot_pairs(a, b, c);
+  } else {
+    return V::fma(a, b, c);
+  }
+}
+
 template <class V, bool kAccumulate, bool kPairs, int M, int N>
 BK_TARGET void gemm_micro(int64_t k, GemmA<typename V::Scalar> a, const typename V::Scalar* b, int64_t b_row,
                           typename V::Scalar* c, int64_t c_row, const typename V::Scalar* c_factor) {
@@ -42,13 +53,7 @@ BK_TARGET void gemm_micro(int64_t k, GemmA<typename V::Scalar> a, const typename
     for (int i = 0; i < M; ++i) {
       const typename V::Reg a_reg = V::set(a_col[i * a.row]);
 #pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) {
-        if constexpr (kPairs) {
-          sum[i][j] = V::dot_pairs(a_reg, b_reg[j], sum[i][j]);
-        } else {
-          sum[i][j] = V::fma(a_reg, b_reg[j], sum[i][j]);
-        }
-      }
+      for (int j = 0; j < N; ++j) sum[i][j] = multiply_add<V, kPairs>(a_reg, b_reg[j], sum[i][j]);
     }
   }
 #pragma GCC unroll 6
