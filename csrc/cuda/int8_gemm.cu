@@ -53,7 +53,7 @@ Plan make_plan(const Int8Gemm& p, int num_sms) {
   constexpr int64_t kLeastPart = 512, kMostSplits = 16;
   Plan best;
   double least = std::numeric_limits<double>::infinity();
-  for (int t = 0; t < static_cast<int>(std::size(kTiles)); ++t) {
+  for (int t = p.is_im2col ? 1 : 0; t < static_cast<int>(std::size(kTiles)); ++t) {
     const TileChoice& tile = kTiles[t];
     const int64_t num_tiles = ceil_div<int64_t>(p.rows, tile.block_m) * ceil_div<int64_t>(p.cols, tile.block_n);
     for (int64_t splits = 1; splits <= kMostSplits && (splits == 1 || p.depth >= splits * kLeastPart); splits *= 2) {
@@ -88,11 +88,11 @@ void launch_gemm(const Int8Gemm& p, const Plan& plan, Device device) {
 
 template <Int8Layout kLayout>
 void launch_gemm(const Int8Gemm& p, const Plan& plan, Device device) {
-  switch (plan.tile) {
-    case 0: return launch_gemm<LargeTile, kLayout>(p, plan, device);
-    case 1: return launch_gemm<MediumTile, kLayout>(p, plan, device);
-    default: return launch_gemm<SmallTile, kLayout>(p, plan, device);
+  if constexpr (kLayout != Int8Layout::kIm2col) {  // whose columns, output channels, are few
+    if (plan.tile == 0) return launch_gemm<LargeTile, kLayout>(p, plan, device);
   }
+  if (plan.tile == 1) return launch_gemm<MediumTile, kLayout>(p, plan, device);
+  launch_gemm<SmallTile, kLayout>(p, plan, device);
 }
 
 void launch_gemm(const Int8Gemm& p, const Plan& plan, Device device) {
