@@ -140,7 +140,9 @@ def floats(*shape, dtype=torch.float32, seed=0, device="cpu"):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(5, 1), (3, 7), (4, 127), (2, 3, 1000), (5, 0), (64,), (2, 1100)])
+@pytest.mark.parametrize(
+    "shape", [(5, 1), (3, 7), (4, 127), (2, 3, 1000), (5, 0), (64,), (2, 1100)]
+)
 def test_quantize_rows(device, shape, dtype):
     x = 10 * floats(*shape, dtype=dtype, device=device)
     for y in (x, torch.stack([x, x], -1)[..., 0]):

@@ -17,9 +17,6 @@ struct Int8Tile {
   static constexpr int kThreads = 32 * WarpsM * WarpsN;
   static constexpr int kStageBytes = (M + N) * BLOCK_K;
   static constexpr int kSmemBytes = Stages * kStageBytes;
-  // Each warp hands its sums on 16 rows at a time; so many words a row keep its writes apart in the banks.
-  static constexpr int kSlicePitch = WARP_N + 8, kSliceWords = 16 * kSlicePitch;
-  static_assert(kThreads / 32 * kSliceWords * 4 <= kSmemBytes);
 };
 
 // Where the operands come from. That of a row-major B is transposed between shared memory and registers.
@@ -165,6 +162,14 @@ __device__ void load_fragments(Fragments<Tile>& f, const int8_t* stage, int warp
   }
 }
 
+// Each warp hands its sums on 16 rows at a time, through shared memory. So many words a row keep its writes, of 8 bytes
+// or of 16, apart in the banks.
+template <class Tile, bool kRowMajorB>
+struct Slice {
+  static constexpr int kPitch = Tile::WARP_N + (kRowMajorB ? 16 : 8), kWords = 16 * kPitch;
+  static_assert(Tile::kThreads / 32 * kWords * 4 <= Tile::kSmemBytes);
+};
+
 // Two rows of eight: lane l holds columns 2 (l % 4) and the next of rows l / 4 and l / 4 + 8 of products j and j + 1.
 template <class Tile, bool kRowMajorB>
 __device__ void write_slice(int32_t* slice, const int32_t (&sums)[Tile::WARP_N / 8][4]) {
@@ -173,20 +178,20 @@ __device__ void write_slice(int32_t* slice, const int32_t (&sums)[Tile::WARP_N /
   for (int j = 0; j < Tile::WARP_N / 8; j += 2) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      int32_t* const row = slice + (lane / 4 + 8 * half) * Tile::kSlicePitch + 8 * j;
+      int32_t* const row = slice + (lane / 4 + 8 * half) * Slice<Tile, kRowMajorB>::kPitch + 8 * j;
       const int32_t *first = sums[j] + 2 * half, *second = sums[j + 1] + 2 * half;
       if constexpr (kRowMajorB) {  // even and odd columns
-        *reinterpret_cast<int4*>(row + lane % 4 * 4) = {first[0], second[0], first[1], second[1]};
+        reinterpret_cast<int4*>(row)[lane % 4] = make_int4(first[0], second[0], first[1], second[1]);
       } else {
-        *reinterpret_cast<int2*>(row + lane % 4 * 2) = {first[0], first[1]};
-        *reinterpret_cast<int2*>(row + 8 + lane % 4 * 2) = {second[0], second[1]};
+        reinterpret_cast<int2*>(row)[lane % 4] = make_int2(first[0], first[1]);
+        reinterpret_cast<int2*>(row + 8)[lane % 4] = make_int2(second[0], second[1]);
       }
     }
   }
 }
 
 // Writes 16 rows of a warp's sums, [16, WARP_N] from row i and column j on, to the output.
-template <class Tile>
+template <class Tile, bool kRowMajorB>
 __device__ void finish_slice(const Int8Epilogue& p, const int32_t* slice, int64_t i_begin, int64_t rows,
                              int64_t j_begin, int64_t cols, int64_t first_factor, bool is_transposed) {
   constexpr int kLanesOfRow = Tile::WARP_N / kColumns;
@@ -201,7 +206,7 @@ __device__ void finish_slice(const Int8Epilogue& p, const int32_t* slice, int64_
     if (n > 0 && is_transposed) factors = load_factors(p, first_factor + j_begin + column, columns_left);
     if (i_begin + row < rows && columns_left > 0) {
       const OutputRow place = row_of(p, row);
-      const int4 v = *reinterpret_cast<const int4*>(slice + row * Tile::kSlicePitch + column);
+      const int4 v = *reinterpret_cast<const int4*>(slice + row * Slice<Tile, kRowMajorB>::kPitch + column);
       const int32_t sums[kColumns] = {v.x, v.y, v.z, v.w};
       finish(p, place.offset + (j_begin + column) * p.col, columns_left, place.scale, factors, sums);
     }
@@ -309,16 +314,19 @@ __global__ void __launch_bounds__(Tile::kThreads)
   // Y = epilogue(S), through shared memory so that a warp's writes are adjacent
   wait_for_copies<0>();
   __syncthreads();
-  int32_t* const slice = reinterpret_cast<int32_t*>(smem) + warp * Tile::kSliceWords;
+  int32_t* const slice = reinterpret_cast<int32_t*>(smem) + warp * Slice<Tile, kRowMajorB>::kWords;
   Int8Epilogue out = p.epilogue;
   out.out = static_cast<char*>(out.out) + batch_and_split * out.batch * element_size(out.dtype);
+#pragma unroll 1
+  for (int n = 0; n < Tile::WARP_M / 16; ++n) {  // not unrolled: what finishes a slice is long
+    __syncwarp();
 #pragma unroll
-  for (int i = 0; i < Tile::WARP_M / 16; ++i) {
+    for (int i = 0; i < Tile::WARP_M / 16; ++i) {
+      if (i == n) write_slice<Tile, kRowMajorB>(slice, sums[i]);
+    }
     __syncwarp();
-    write_slice<Tile, kRowMajorB>(slice, sums[i]);
-    __syncwarp();
-    finish_slice<Tile>(out, slice, tile.row + warp_row + 16 * i, p.rows, tile.col + warp_col, p.cols, batch * p.cols,
-                       out.col != 1);
+    finish_slice<Tile, kRowMajorB>(out, slice, tile.row + warp_row + 16 * n, p.rows, tile.col + warp_col, p.cols,
+                                   batch * p.cols, out.col != 1);
   }
 }
 
