@@ -74,6 +74,35 @@ def test_adam_has_a_kernel_for_each_variant(compiled, arch):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_int8_products_keep_tensor_cores_busy(compiled, arch):
+    """The loop over K: products, what loads their operands, and few instructions else."""
+    kernels = _sass(compiled["int8_gemm.cu", arch].cubin)
+    products = {name: code for name, code in kernels.items() if "int8_gemm_kernel" in name}
+    assert len(products) == 8  # 3 tiles for either order of B in memory, 2 for convolutions
+    for name, code in products.items():
+        assert "LDGSTS.E.BYPASS.128" in code, name
+        loop = _loop_with(code, "IMMA.16832.S8.S8")
+        share = sum("IMMA" in line for line in loop) / len(loop)
+        assert share > (0.2 if "Li64ELi64" in name else 0.4), f"{name}: {share}"
+    for name, code in kernels.items():
+        if "int8_gemv_kernel" in name:
+            assert "LDG.E.EF.128" in code, name
+            assert "IDP.4A.S8.S8" in code, name
+
+
+def _loop_with(code: str, instruction: str) -> list[str]:
+    """The shortest loop that has the instruction."""
+    lines = {int(m[1], 16): m[2] for m in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", code)}
+    jumps = [(at, re.search(r"BRA (0x[0-9a-f]+)", line)) for at, line in lines.items()]
+    loops = [
+        [line for place, line in lines.items() if int(target[1], 16) <= place <= at]
+        for at, target in jumps
+        if target and int(target[1], 16) < at
+    ]
+    return min((loop for loop in loops if any(instruction in line for line in loop)), key=len)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_adam_streams_16_bytes_an_access(compiled, arch):
     for name, code in _sass(compiled["adam.cu", arch].cubin).items():
         if "adam_kernel" in name:
