@@ -105,8 +105,9 @@ def int8_linear(
 
     with the integers :math:`q` and scales :math:`s` of x, :math:`w` and :math:`t` of the weight.
     The sum is exact, what follows is in float32, rounded once; of what is in between, a GPU stores
-    the integers of x, a CPU nothing. (Jacob et al. 2018, https://arxiv.org/abs/1712.05877, section 2.2; the
-    scales of rows as in Dettmers et al. 2022, https://arxiv.org/abs/2208.07339, equation 3.)
+    the integers of x, a CPU nothing. (Jacob et al. 2018, https://arxiv.org/abs/1712.05877, section
+    2.2; the scales of rows as in Dettmers et al. 2022, https://arxiv.org/abs/2208.07339, equation
+    3.)
 
     The gradient of x is that of a linear layer with the weight that the integers stand for:
     quantising x counts as the identity. The bias has a gradient too.
