@@ -1,3 +1,4 @@
+// Copies operands of an int8 product to rows of whole chunks.
 #include "int8_operand.cuh"
 
 #include "launch.cuh"
