@@ -7,6 +7,7 @@ from emulator import ops
 import bigkern
 from bigkern.ops import reference_int8 as reference
 from bigkern.ops import reference_int8_conv2d
+from bigkern.ops.int8_autograd import packed_size
 from bigkern.ops.int8_conv2d import int8_conv2d, pack_conv2d_weight
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -144,6 +145,11 @@ def test_static_scales_that_are_no_scales_give_nan(controls):
     assert not values[1:].any()
     y = bigkern.int8_linear(x, weight, scale, x_scale=x_scale)
     assert y.isnan().all(1).tolist() == [False, True, True, True]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 127), (65, 1000), (3, 0), (0, 5)])
+def test_packed_weights_have_the_size_of_their_fakes(controls, shape):
+    assert bigkern.pack_weight(integers(*shape)).numel() == packed_size(*shape, "cuda")
 
 
 def test_weights_that_are_packed_otherwise_are_refused(controls):
