@@ -1,5 +1,5 @@
 // attention on the CPU: the forward.
-#include "../attention_call.h"
+#include "../attention_ops.h"
 #include "../philox.h"
 #include "attention_units.h"
 #include "workspace.h"
@@ -47,7 +47,7 @@ std::vector<AttentionForwardUnit> tiles_of(const AttentionProblem& problem) {
   std::vector<AttentionForwardUnit> tiles;
   const int64_t most_rows = max_block_q(problem);
   for (int64_t b = 0; b < problem.batch; ++b) {
-    const int64_t length = problem.sequences[b].q_len;
+    const int64_t length = problem.sequence(b).q_len;
     if (length == 0) continue;
     const int64_t rows = std::min(length, round_up(ceil_div(length, ceil_div(length, most_rows)), kRowsOfMicro));
     const int64_t heads_at_once = std::min(problem.group(), most_rows / rows);
@@ -57,7 +57,7 @@ std::vector<AttentionForwardUnit> tiles_of(const AttentionProblem& problem) {
         // From the last on, which has the most keys under a causal mask.
         for (int64_t tile = num_tiles - 1; tile >= 0; --tile) {
           tiles.push_back({b, kv_head * problem.group() + g, std::min(heads_at_once, problem.group() - g), tile * rows,
-                           std::min(rows, length - tile * rows), 0, problem.sequences[b].k_len, 0, nullptr});
+                           std::min(rows, length - tile * rows), 0, problem.sequence(b).k_len, 0, nullptr});
         }
       }
     }
@@ -113,5 +113,6 @@ void attention_forward(const AttentionProblem& problem) {
 }  // namespace bigkern
 
 STABLE_TORCH_LIBRARY_IMPL(bigkern, CPU, m) {
-  m.impl("attention", TORCH_BOX(&bigkern::attention_op<bigkern::attention_forward>));
+  using namespace bigkern;
+  m.impl("attention", TORCH_BOX((&attention_op<Memory::kHost, attention_forward>)));
 }

@@ -200,7 +200,7 @@ BK_TARGET void combine_attention(const AttentionProblem& problem, const Attentio
       V::store(out + e, split == 0 ? scaled : V::add(V::load(out + e), scaled));
     }
   }
-  const int64_t q_begin = problem.sequences[b].q_begin;
+  const int64_t q_begin = problem.sequence(b).q_begin;
   *problem.row_max.as<Scalar>().at(b, h, q_begin + i) = row_max;
   *problem.row_sum.as<Scalar>().at(b, h, q_begin + i) = row_sum;
   if (row_sum != 0) scale_row<V>(out, n, Scalar(problem.keep_scale) / row_sum);
