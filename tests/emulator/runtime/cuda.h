@@ -15,6 +15,7 @@ struct DeviceModel {
   const char *key, *name;
   int major, minor, num_sms;
   size_t smem_per_sm, smem_per_block_optin, l2_bytes, memory_bytes;
+  int threads_per_sm, blocks_per_sm;
 };
 
 const DeviceModel& device_model();

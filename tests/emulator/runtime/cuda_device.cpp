@@ -9,23 +9,27 @@ namespace emulator {
 namespace {
 
 const DeviceModel kModels[] = {
-    {"a100", "NVIDIA A100-SXM4-80GB (emulated)", 8, 0, 108, 164 << 10, 163 << 10, 40 << 20, 80ull << 30},
-    {"h100", "NVIDIA H100 80GB HBM3 (emulated)", 9, 0, 132, 228 << 10, 227 << 10, 50 << 20, 80ull << 30},
+    {"t4", "Tesla T4 (emulated)", 7, 5, 40, 64 << 10, 64 << 10, 4 << 20, 16ull << 30, 1024, 16},
+    {"a100", "NVIDIA A100-SXM4-80GB (emulated)", 8, 0, 108, 164 << 10, 163 << 10, 40 << 20, 80ull << 30, 2048, 32},
+    {"rtx4090", "NVIDIA GeForce RTX 4090 (emulated)", 8, 9, 128, 100 << 10, 99 << 10, 72 << 20, 24ull << 30, 1536, 24},
+    {"h100", "NVIDIA H100 80GB HBM3 (emulated)", 9, 0, 132, 228 << 10, 227 << 10, 50 << 20, 80ull << 30, 2048, 32},
 };
-const DeviceModel* model = &kModels[1];
+const DeviceModel* model = &kModels[3];
 
 }  // namespace
 
 const DeviceModel& device_model() { return *model; }
 
 void set_device_model(const std::string& key) {
+  std::string keys;
   for (const DeviceModel& m : kModels) {
     if (key == m.key) {
       model = &m;
       return;
     }
+    keys += std::string(keys.empty() ? "" : ", ") + m.key;
   }
-  throw std::invalid_argument("the device model must be a100 or h100, got " + key);
+  throw std::invalid_argument("the device model must be one of " + keys + ", got " + key);
 }
 
 const char* error_text(cudaError_t error) {
@@ -68,8 +72,8 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
       {cudaDevAttrMultiProcessorCount, m.num_sms},
       {cudaDevAttrWarpSize, kWarp},
       {cudaDevAttrMaxThreadsPerBlock, kMaxThreads},
-      {cudaDevAttrMaxThreadsPerMultiProcessor, 2048},
-      {cudaDevAttrMaxBlocksPerMultiprocessor, 32},
+      {cudaDevAttrMaxThreadsPerMultiProcessor, m.threads_per_sm},
+      {cudaDevAttrMaxBlocksPerMultiprocessor, m.blocks_per_sm},
       {cudaDevAttrMaxRegistersPerMultiprocessor, kRegisters},
       {cudaDevAttrMaxSharedMemoryPerBlock, kDefaultSmem},
       {cudaDevAttrMaxSharedMemoryPerBlockOptin, static_cast<int>(m.smem_per_block_optin)},
@@ -99,8 +103,8 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
   p->reservedSharedMemPerBlock = kReservedSmem;
   p->regsPerBlock = p->regsPerMultiprocessor = kRegisters;
   p->maxThreadsPerBlock = kMaxThreads;
-  p->maxThreadsPerMultiProcessor = 2048;
-  p->maxBlocksPerMultiProcessor = 32;
+  p->maxThreadsPerMultiProcessor = m.threads_per_sm;
+  p->maxBlocksPerMultiProcessor = m.blocks_per_sm;
   return cudaSuccess;
 }
 

@@ -32,11 +32,14 @@ cudaError_t check_image(const Function& f) {
 
 cudaError_t check_launch(const Function& f, Dim grid, Dim block, size_t dynamic_smem) {
   if (const cudaError_t error = check_image(f)) return error;
+  const DeviceModel& device = device_model();
   const uint64_t threads = block.count();
   if (grid.count() == 0 || threads == 0 || threads > kMaxThreads || block.z > 64) return cudaErrorInvalidConfiguration;
   if (grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535) return cudaErrorInvalidConfiguration;
   if (threads > static_cast<uint64_t>(f.kernel->max_threads)) return cudaErrorInvalidValue;
   if (dynamic_smem > f.max_dynamic_smem) return cudaErrorInvalidValue;
+  // It may have been allowed on another model.
+  if (dynamic_smem + f.kernel->static_smem > device.smem_per_block_optin) return cudaErrorInvalidValue;
   return cudaSuccess;
 }
 
@@ -186,6 +189,13 @@ cudaError_t cudaFuncSetAttribute(const void* host, cudaFuncAttribute attribute, 
     return remember(cudaErrorInvalidValue);
   }
   f->max_dynamic_smem = value;
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncGetName(const char** name, const void* host) {
+  const Function* f = find_function(host);
+  if (!f) return remember(cudaErrorInvalidDeviceFunction);
+  *name = f->kernel->name;
   return cudaSuccess;
 }
 
