@@ -20,7 +20,7 @@ struct Barrier {
 void complete(Barrier& b) {
   b.arrived = 0;
   ++statistics.barriers;
-  wake(&b, 0, block.size.count(), b.value);
+  wake(&b, b.value);
 }
 
 // Threads that take different ways to __syncthreads, or don't come at all, are undefined behaviour on a card even where

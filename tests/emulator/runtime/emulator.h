@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#pragma GCC visibility push(hidden)  // of declarations too: variables are reached without a table
 namespace emulator {
 
 // A mistake in a kernel, or something that isn't emulated. It leaves the launch; the block is abandoned.
@@ -177,3 +178,4 @@ bool is_private(uintptr_t address, size_t bytes);
 void record_shared_access(Site& site, uint32_t offset, uint32_t bytes);
 
 }  // namespace emulator
+#pragma GCC visibility pop
