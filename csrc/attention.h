@@ -43,6 +43,7 @@ struct ColumnRange {
 };
 
 struct AttentionProblem {
+  int32_t device_type = 0, device_index = 0;
   ScalarType dtype = ScalarType::Float;
   int64_t batch = 0, heads = 0, kv_heads = 0, head_dim = 0, value_dim = 0;
   // Packed: where each entry begins, [batch + 1]. Else rows of every entry, of which the lengths [batch], if given,

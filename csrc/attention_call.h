@@ -62,6 +62,8 @@ class AttentionDoor {
   AttentionDoor(const Tensor& query, const Tensor& key, const OptionalTensor& value, const AttentionOptions& options,
                 Memory memory)
       : query_(query), key_(key), options_(options), device_(device_of(query)) {
+    problem.device_type = device_.type;
+    problem.device_index = device_.index;
     check_inputs(value);
     read_sequences();
     if (memory == Memory::kHost) check_lengths();

@@ -85,6 +85,13 @@ __device__ void multiply_add(Sum (&d)[4], const uint32_t (&a)[4], uint32_t b0, u
 
 // ---- Arithmetic ----
 
+// Rounded to TF32, which has 10 bits after the first.
+__device__ inline uint32_t to_tf32(float x) {
+  uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return y;
+}
+
 // 2^x within 2 units in the last place; denormal results are 0.
 __device__ inline float exp2_approx(float x) {
   float y;
