@@ -120,13 +120,6 @@ void warp_barrier(const Site& site, uint32_t mask);
 using LaneWork = void (*)(const Site& site, void** arguments, uint32_t lanes);
 void meet(const Site& site, uint32_t mask, void* argument, LaneWork work);
 
-enum class Shuffle { up, down, bfly, idx };
-struct Shuffled {
-  uint32_t value;
-  bool is_in_range;
-};
-Shuffled shuffle(const Site& site, Shuffle mode, uint32_t value, uint32_t lane, uint32_t clamp, uint32_t mask);
-
 struct Ballot {
   uint32_t yes, lanes;
 };
@@ -137,29 +130,41 @@ struct Match {
 };
 Match match(const Site& site, uint32_t mask, uint64_t value);
 
-// ---- Asynchronous copies and matrices ----
+// ---- Operations of a warp that it does together ----
+// Neighbours in the code are done at one meeting: a thread's registers stand in slots, inputs and results alike.
+
+struct Operation {
+  void (*work)(const Operation& o, uint32_t* const* slots /* of each lane */, uint32_t lanes);
+  const Site* site;
+  uint16_t inputs[10];
+  uint16_t output;  // the first of its results
+};
+
+struct Program {
+  const Operation* operations;
+  int size;
+};
+void run_together(const Program& program, uint32_t mask, uint32_t* slots);
+
+struct F16;
+struct Bf16;
+struct Tf32;
+struct S8;
+template <class Element, int num_b>
+void multiply(const Operation& o, uint32_t* const* slots, uint32_t lanes);
+template <int count, bool is_transposed>
+void load_matrices(const Operation& o, uint32_t* const* slots, uint32_t lanes);
+
+enum class Shuffle { up, down, bfly, idx };
+template <Shuffle mode>
+void shuffle(const Operation& o, uint32_t* const* slots, uint32_t lanes);
+
+// ---- Asynchronous copies ----
 
 // cp.async: the bytes arrive when this thread waits for their group, and are NaN until then.
 void copy_async(unsigned char* to, const unsigned char* from, uint32_t bytes, uint32_t bytes_from);
 void commit_copies();
 void wait_for_copies(uint32_t pending_groups);
-
-// A lane's registers of D = A B + C, with 16 rows and 8 columns.
-struct Fragments {
-  uint32_t a[4], b[2], c[4], d[4];
-  int num_b;  // of k / (4 elements of a register); A has twice as many
-};
-enum class Element { f16, bf16, tf32, s8 };
-void multiply(const Site& site, Element element, Fragments& fragments);
-
-// 8 x 8 matrices of 16 bits, whose rows' addresses the lanes give.
-struct MatrixLoad {
-  const unsigned char* row;
-  int count;
-  bool transposed;
-  uint32_t registers[4];
-};
-void load_matrices(const Site& site, MatrixLoad& load);
 
 // ---- Memory ----
 
