@@ -90,7 +90,7 @@ enum class Order { ascending, descending, random };
 struct Settings {
   Order order = Order::ascending;
   uint64_t seed = 0;
-  bool counts_conflicts = false;
+  bool counts_conflicts = false, counts_sectors = false;
 };
 
 extern Settings settings;
@@ -101,6 +101,7 @@ struct Statistics {
   uint64_t barriers = 0;                             // completed, by a block
   uint64_t global_read = 0, global_written = 0;      // bytes that threads asked for
   uint64_t shared_accesses = 0, bank_conflicts = 0;  // of warps; extra cycles: where conflicts are counted
+  uint64_t sectors_read = 0, sectors_written = 0;    // of 32 bytes, of global memory, by warps: where they are counted
 };
 
 extern Statistics statistics;
@@ -180,7 +181,8 @@ constexpr size_t kStackBytes = 256 << 10;
 // Whether a generic address is in the block's shared memory, the kernel's parameters or this thread's local memory.
 bool is_private(uintptr_t address, size_t bytes);
 
-void record_shared_access(Site& site, uint32_t offset, uint32_t bytes);
+enum class Space { shared, global_read, global_written };
+void record_access(Site& site, Space space, uint64_t address, uint32_t bytes);
 
 }  // namespace emulator
 #pragma GCC visibility pop
