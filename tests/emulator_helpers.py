@@ -13,9 +13,9 @@ from torch import Tensor
 class Kernels:
     """Those of some `.cu` files, by name. Tensors that a launch gets are known memory in it."""
 
-    def __init__(self, name: str, *sources: Path) -> None:
+    def __init__(self, name: str, *sources: Path, headers: tuple[Path, ...] = ()) -> None:
         try:
-            self.controls = build.load(name, build.Sources(sources))
+            self.controls = build.load(name, build.Sources(sources, headers=headers))
         except NoCompilerError as obstacle:
             pytest.skip(str(obstacle))
 

@@ -118,7 +118,7 @@ def _runtime_object(source: Path) -> Path:
         f"runtime-{source.stem}",
         ".o",
         RUNTIME_FILES,
-        lambda out: _run("g++", *COMMON, "-O2", *flags, "-c", source, "-o", out),
+        lambda out: _run("g++", *COMMON, "-O3", *flags, "-c", source, "-o", out),
     )
 
 

@@ -27,6 +27,7 @@ from emulator.parse import (
     parse,
 )
 from emulator.rules import C_TYPES, bits
+from emulator.together import arrange, emit
 
 SPECIAL_REGISTERS = {
     f"%{register}.{axis}": f"{place}.{axis}"
@@ -127,7 +128,7 @@ class Context:
         self.function, self.module = function, module
         self.symbols = {name: f"(uint64_t){c}" for name, c in symbols.items()}
         self.places: dict[str, str] = {}  # parameters, the function's and those of its calls
-        self.sites: list[str] = []
+        self.statics: list[str] = []
         self._lay_out()
 
     def _lay_out(self) -> None:
@@ -228,16 +229,20 @@ class Context:
     def site(self, instruction: Instruction) -> str:
         """A place that memory is accessed, or that threads meet, as messages name it."""
         name = ".".join((instruction.opcode, *instruction.modifiers))
-        self.sites.append(
-            f'static Site site_{len(self.sites)}{{"{name}", "{instruction.source}"}};'
-        )
-        return f"site_{len(self.sites) - 1}"
+        return self.define("Site", [f'"{name}"', f'"{instruction.source}"'])
+
+    def define(self, kind: str, values: list[str], is_array: bool = False) -> str:
+        """A static variable of the function."""
+        name = f"static_{len(self.statics)}"
+        declared = f"{name}[]" if is_array else name
+        self.statics.append(f"static {kind} {declared} = {{{', '.join(values)}}};")
+        return name
 
     # ---- The function ----
 
     def definition(self) -> list[str]:
         body = self._body()
-        lines = [f"{_signature(self.function)} {{", *self.sites]
+        lines = [f"{_signature(self.function)} {{", *self.statics]
         lines += [
             f"{'bool' if r.type == 'pred' else f'uint{bits(r.type)}_t'} {r.name} = 0;"
             for r in self.function.registers
@@ -255,7 +260,7 @@ class Context:
         def flush() -> None:
             if stretch:
                 lines.append(f"block.instructions += {len(stretch)};")
-                lines.extend(stretch)
+                lines.extend(self._statement(item) for item in arrange(stretch))
                 stretch.clear()
 
         for item in self.function.body:
@@ -263,17 +268,21 @@ class Context:
                 flush()
                 lines.append(f"{self.label(item.name)}:;")
                 continue
-            self.where = item.source or self.function.name
-            stretch.append(self._statement(item))
+            stretch.append(item)
             if item.opcode in ("bra", "ret", "exit"):
                 flush()
         flush()
         return lines
 
-    def _statement(self, instruction: Instruction) -> str:
-        statement = rules.find(instruction).emit(self, instruction)
-        if instruction.guard:
-            return f"if ({self.value(instruction.guard, 'pred')}) {{ {statement} }}"
+    def _statement(self, item: Instruction | list[Instruction]) -> str:
+        first = item[0] if isinstance(item, list) else item
+        self.where = first.source or self.function.name
+        if isinstance(item, list):
+            statement = emit(self, item)
+        else:
+            statement = rules.find(item).emit(self, item)
+        if first.guard:
+            return f"if ({self.value(first.guard, 'pred')}) {{ {statement} }}"
         return f"{{ {statement} }}"
 
     def table_row(self, parts: list[str]) -> str:

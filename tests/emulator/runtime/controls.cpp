@@ -36,7 +36,8 @@ py::dict describe(const Launch& launch) {
                   "static_smem"_a = launch.kernel->static_smem, "instructions"_a = s.instructions,
                   "warp_operations"_a = s.warp_operations, "barriers"_a = s.barriers, "global_read"_a = s.global_read,
                   "global_written"_a = s.global_written, "shared_accesses"_a = s.shared_accesses,
-                  "bank_conflicts"_a = s.bank_conflicts);
+                  "bank_conflicts"_a = s.bank_conflicts, "sectors_read"_a = s.sectors_read,
+                  "sectors_written"_a = s.sectors_written);
 }
 
 py::list take_launches() {
@@ -87,6 +88,7 @@ PYBIND11_MODULE(emulated, m) {
   m.def("set_schedule", &set_schedule, py::arg("order"), py::arg("seed") = 0);
   m.def("set_device", &set_device_model);
   m.def("count_conflicts", [](bool counts) { settings.counts_conflicts = counts; });
+  m.def("count_sectors", [](bool counts) { settings.counts_sectors = counts; });
   m.def("take_launches", &take_launches, "What was launched since the last call, with statistics.");
   m.def("add_buffer", [](uintptr_t begin, size_t bytes, const std::string& name) {
     add_buffer(reinterpret_cast<void*>(begin), bytes, name);

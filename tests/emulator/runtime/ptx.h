@@ -49,15 +49,28 @@ inline void check_alignment(const Site& site, uint64_t address, size_t bytes) {
   }
 }
 
-template <class Access, size_t bytes>
-inline unsigned char* global_pointer(Site& site, uint64_t address) {
-  check_alignment(site, address, bytes);
+// The site remembers the buffer that it found.
+inline void check_bounds(Site& site, uint64_t address, size_t bytes) {
   const uintptr_t offset = address - site.begin;
   if (__builtin_expect(site.epoch != buffer_epoch || offset > site.size || site.size - offset < bytes, 0)) {
     find_buffer(site, address, bytes);
   }
+}
+
+template <class Access>
+inline void count_global_access(Site& site, uint64_t address, size_t bytes) {
   if (Access::reads) statistics.global_read += bytes;
   if (Access::writes) statistics.global_written += bytes;
+  if (__builtin_expect(!settings.counts_sectors, 1)) return;
+  if (Access::reads) record_access(site, Space::global_read, address, bytes);
+  if (Access::writes) record_access(site, Space::global_written, address, bytes);
+}
+
+template <class Access, size_t bytes>
+inline unsigned char* global_pointer(Site& site, uint64_t address) {
+  check_alignment(site, address, bytes);
+  check_bounds(site, address, bytes);
+  count_global_access<Access>(site, address, bytes);
   return reinterpret_cast<unsigned char*>(address);
 }
 
@@ -67,9 +80,9 @@ inline unsigned char* partial_global_pointer(Site& site, uint64_t address, size_
   if (bytes > size) fail("%s at %s: %zu bytes of %zu", site.what, site.source, bytes, size);
   if (bytes > 0) {
     check_alignment(site, address, size);
-    find_buffer(site, address, bytes);
+    check_bounds(site, address, bytes);
+    count_global_access<Read>(site, address, bytes);
   }
-  statistics.global_read += bytes;
   return reinterpret_cast<unsigned char*>(address);
 }
 
@@ -85,7 +98,7 @@ inline unsigned char* shared_pointer(Site& site, uint32_t offset) {
     fail("%s at %s: %zu bytes at offset %u are outside the block's %zu bytes of shared memory", site.what, site.source,
          bytes, offset, block.smem_bytes);
   }
-  if (__builtin_expect(settings.counts_conflicts, 0)) record_shared_access(site, offset, bytes);
+  if (__builtin_expect(settings.counts_conflicts, 0)) record_access(site, Space::shared, offset, bytes);
   return block.smem + offset;
 }
 
