@@ -87,10 +87,13 @@ std::string format(const char* text, ...) __attribute__((format(printf, 1, 2)));
 
 enum class Order { ascending, descending, random };
 
+// What is looked at, at each access of memory: it takes time.
+enum Watch : uint8_t { kConflicts = 1, kSectors = 2, kRaces = 4 };
+
 struct Settings {
   Order order = Order::ascending;
   uint64_t seed = 0;
-  bool counts_conflicts = false, counts_sectors = false;
+  uint8_t watches = 0;
 };
 
 extern Settings settings;
@@ -163,7 +166,7 @@ void shuffle(const Operation& o, uint32_t* const* slots, uint32_t lanes);
 // ---- Asynchronous copies ----
 
 // cp.async: the bytes arrive when this thread waits for their group, and are NaN until then.
-void copy_async(unsigned char* to, const unsigned char* from, uint32_t bytes, uint32_t bytes_from);
+void copy_async(const Site& site, unsigned char* to, const unsigned char* from, uint32_t bytes, uint32_t bytes_from);
 void commit_copies();
 void wait_for_copies(uint32_t pending_groups);
 
@@ -178,11 +181,12 @@ void find_buffer(Site& site, uintptr_t address, size_t bytes);
 bool is_in_buffer(const void* begin, size_t bytes);
 
 constexpr size_t kStackBytes = 256 << 10;
-// Whether a generic address is in the block's shared memory, the kernel's parameters or this thread's local memory.
+// Whether a generic address is in the kernel's parameters or this thread's local memory.
 bool is_private(uintptr_t address, size_t bytes);
 
-enum class Space { shared, global_read, global_written };
-void record_access(Site& site, Space space, uint64_t address, uint32_t bytes);
+void watch_access(Site& site, bool is_shared, uint64_t address, uint32_t bytes, bool reads, bool writes,
+                  bool is_atomic);
+void fence_threads();
 
 }  // namespace emulator
 #pragma GCC visibility pop
