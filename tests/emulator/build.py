@@ -36,11 +36,15 @@ TORCH = Path(torch.__file__).parent
 ARCHITECTURE = "compute_80"
 # x86-64-v3: AVX2, and instructions for std::fma and float16.
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-march=x86-64-v3"]
+# A wrong access of host code is an exception: runtime/faults.cpp.
+HOST = [*COMMON, "-O1", "-fnon-call-exceptions"]
 # Products and sums stay apart, as in PTX; an access may have any type.
 DEVICE = [*COMMON, "-O1", "-w", "-ffp-contract=off", "-fno-strict-aliasing", f"-I{RUNTIME}"]
 # Calls of torch that mean something else here: runtime/torch_hooks.cpp.
 WRAPPED = [
     "aoti_torch_get_data_ptr",
+    "torch_get_mutable_data_ptr",
+    "torch_get_const_data_ptr",
     "aoti_torch_delete_tensor_object",
     "aoti_torch_get_current_cuda_stream",
     "aoti_torch_create_device_guard",
@@ -128,7 +132,7 @@ def _host_object(source: Path, sources: Sources) -> Path:
         source.stem,
         ".o",
         [source, *sources.headers, *sources.prelude],
-        lambda out: _run("g++", *COMMON, "-O1", *flags, "-c", source, "-o", out),
+        lambda out: _run("g++", *HOST, *flags, "-c", source, "-o", out),
     )
 
 
@@ -151,7 +155,7 @@ def _compile(source: Path, includes: Sequence[str | Path], out: Path) -> None:
         *nvcc_command(),
         f"-gencode=arch={ARCHITECTURE},code={ARCHITECTURE}",
         *("--cudart", "none", "--keep", "--keep-dir", folder),
-        f"-Xcompiler=-fPIC,-fno-gnu-unique,-D__cudaRegisterFatBinary={register}",
+        f"-Xcompiler={','.join(HOST)},-D__cudaRegisterFatBinary={register}",
         *(*includes, "-c", source, "-o", host),
     )
     cpp.write_text(translate((folder / f"{source.stem}.ptx").read_text(), register))

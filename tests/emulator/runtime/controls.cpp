@@ -87,6 +87,7 @@ void launch_by_name(const std::string& name, const std::vector<uint32_t>& grid, 
 }  // namespace
 
 PYBIND11_MODULE(emulated, m) {
+  install_fault_handler();
   m.def("set_schedule", &set_schedule, py::arg("order"), py::arg("seed") = 0);
   m.def("set_device", &set_device_model);
   m.def("count_conflicts", [](bool yes) { set_watch(kConflicts, yes); });

@@ -172,7 +172,18 @@ void wait_for_copies(uint32_t pending_groups);
 
 // ---- Memory ----
 
-// Known memory; a range may be added more than once.
+// Host code gets addresses of device memory with this bit, which no address in use has: if it reads there, that is a
+// fault (faults.cpp).
+constexpr uint64_t kDeviceBit = 1ull << 62;
+inline uint64_t host_address(uint64_t address) { return address & ~kDeviceBit; }
+inline void* to_device(const void* p) {
+  return p ? reinterpret_cast<void*>(reinterpret_cast<uint64_t>(p) | kDeviceBit) : nullptr;
+}
+inline void* to_host(const void* p) { return reinterpret_cast<void*>(host_address(reinterpret_cast<uint64_t>(p))); }
+
+void install_fault_handler();
+
+// Known memory, by the host's addresses; a range may be added more than once.
 void add_buffer(const void* begin, size_t bytes, const std::string& name);
 bool remove_buffer(const void* begin);
 extern uint64_t buffer_epoch;  // changes when what sites remember may be out of date

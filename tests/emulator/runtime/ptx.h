@@ -83,6 +83,7 @@ inline void count_global_access(Site& site, uint64_t address, size_t bytes) {
 
 template <class Access, size_t bytes>
 inline unsigned char* global_pointer(Site& site, uint64_t address) {
+  address = host_address(address);
   check_alignment(site, address, bytes);
   check_bounds(site, address, bytes);
   count_global_access<Access>(site, address, bytes);
@@ -92,6 +93,7 @@ inline unsigned char* global_pointer(Site& site, uint64_t address) {
 // Of an access of `size` bytes that reads `bytes` of them, maybe none.
 template <size_t size>
 inline unsigned char* partial_global_pointer(Site& site, uint64_t address, size_t bytes) {
+  address = host_address(address);
   if (bytes > size) fail("%s at %s: %zu bytes of %zu", site.what, site.source, bytes, size);
   if (bytes > 0) {
     check_alignment(site, address, size);
