@@ -330,5 +330,5 @@ PTX = """
 )
 def test_what_is_unknown_is_an_error_with_its_line(instruction):
     with pytest.raises(PtxError, match=r"some.cu:17: no rule for "):
-        translate(PTX.format(instruction), "register")
-    translate(PTX.format("add.s32 %r1, %r2, %r3;"), "register")
+        translate([PTX.format(instruction)], "register")
+    translate([PTX.format("add.s32 %r1, %r2, %r3;")], "register")

@@ -58,22 +58,14 @@ def gemm():
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 32), (7, 127, 64), (100, 70, 96), (64, 64, 32)])
-@pytest.mark.parametrize("schedule", SCHEDULES[:3])
+@pytest.mark.parametrize("schedule", ["asc", "desc", "random"])
 def test_a_tiled_product(gemm, m, n, k, schedule):
     a, b = torch.randint(-10, 10, (m, k)), torch.randint(-10, 10, (n, k))
     out = torch.zeros(m, n)
-    gemm.controls.set_schedule(*schedule)
-    gemm(
-        "gemm",
-        a.half(),
-        b.half(),
-        out,
-        m,
-        n,
-        k,
-        grid=(-(-n // 64), -(-m // 64), 1),
-        block=(128, 1, 1),
-    )
+    grid = (-(-n // 64), -(-m // 64), 1)
+    gemm.controls.set_schedule(schedule)
+    gemm.controls.find_races(True)
+    gemm("gemm", a.half(), b.half(), out, m, n, k, grid=grid, block=(128, 1, 1))
     assert torch.equal(out, (a @ b.T).float())
 
 

@@ -18,7 +18,7 @@ def copy_async(c, i):
     source = f"{c.value(source.base, 'u64')} + {source.offset}"
     return (
         f"uint32_t n_ = {count}; auto* from_ = partial_global_pointer<{n}>({site}, {source}, n_); "
-        f"copy_async(shared_pointer<Write, {n}>({c.site(i)}, {to}), from_, {n}, n_);"
+        f"copy_async({site}, shared_pointer<Write, {n}>({c.site(i)}, {to}), from_, {n}, n_);"
     )
 
 

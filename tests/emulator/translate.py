@@ -1,6 +1,7 @@
 """A parsed module to C++, against `runtime/ptx.h`: a function each, and a table of the kernels."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from emulator import (  # noqa: F401
@@ -52,12 +53,27 @@ SPECIAL_REGISTERS = {
 MAX_LOCAL_BYTES = 64 * 1024  # of a thread; a stack has 256 KiB
 
 
-def translate(ptx: str, register: str) -> str:
-    """`register`: the C function that nvcc's host code calls for the module."""
-    module = parse(ptx)
+def translate(ptx: Sequence[str], register: str) -> str:
+    """`ptx`: of the same source, for several architectures.
+
+    `register`: the C function that nvcc's host code calls for it, which returns a table of them.
+    """
+    modules = [parse(text) for text in ptx]
+    parts = ['#include "ptx.h"', "using namespace emulator;"]
+    names = [f"sm_{m.architecture}{'a' * m.is_specific}" for m in modules]
+    for module, name in zip(modules, names, strict=True):
+        parts += [f"namespace {name} {{ namespace {{", *_module(module), "} }"]
+    table = ", ".join([*(f"&{name}::module_" for name in names), "nullptr"])
+    parts.append(
+        f'extern "C" void** {register}(void*) {{ static const Module* modules[] = {{{table}}}; '
+        "return (void**)modules; }"
+    )
+    return "\n".join(parts) + "\n"
+
+
+def _module(module: Module) -> list[str]:
     symbols = {v.name: f"v_{_c_name(v.name)}" for v in module.variables if v.space != "shared"}
-    parts = ['#include "ptx.h"', "using namespace emulator;", "namespace {"]
-    parts += [_definition(v, symbols) for v in module.variables if v.space != "shared"]
+    parts = [_definition(v, symbols) for v in module.variables if v.space != "shared"]
     parts += [f"{_signature(f)};" for f in module.functions]
     kernels = []
     for function in module.functions:
@@ -73,11 +89,7 @@ def translate(ptx: str, register: str) -> str:
         f"const Module module_{{kernels, {len(kernels)}, variables, {len(variables)}, "
         f"{module.architecture}, {specific}}};"
     )
-    parts.append("}")
-    parts.append(
-        f'extern "C" void** {register}(void*) {{ return (void**)const_cast<Module*>(&module_); }}'
-    )
-    return "\n".join(parts) + "\n"
+    return parts
 
 
 def _table(kind: str, name: str, rows: list[str]) -> str:

@@ -87,10 +87,13 @@ std::string format(const char* text, ...) __attribute__((format(printf, 1, 2)));
 
 enum class Order { ascending, descending, random };
 
+// What is looked at, at each access of memory: it takes time.
+enum Watch : uint8_t { kConflicts = 1, kSectors = 2, kRaces = 4 };
+
 struct Settings {
   Order order = Order::ascending;
   uint64_t seed = 0;
-  bool counts_conflicts = false, counts_sectors = false;
+  uint8_t watches = 0;
 };
 
 extern Settings settings;
@@ -163,13 +166,24 @@ void shuffle(const Operation& o, uint32_t* const* slots, uint32_t lanes);
 // ---- Asynchronous copies ----
 
 // cp.async: the bytes arrive when this thread waits for their group, and are NaN until then.
-void copy_async(unsigned char* to, const unsigned char* from, uint32_t bytes, uint32_t bytes_from);
+void copy_async(const Site& site, unsigned char* to, const unsigned char* from, uint32_t bytes, uint32_t bytes_from);
 void commit_copies();
 void wait_for_copies(uint32_t pending_groups);
 
 // ---- Memory ----
 
-// Known memory; a range may be added more than once.
+// Host code gets addresses of device memory with this bit, which no address in use has: if it reads there, that is a
+// fault (faults.cpp).
+constexpr uint64_t kDeviceBit = 1ull << 62;
+inline uint64_t host_address(uint64_t address) { return address & ~kDeviceBit; }
+inline void* to_device(const void* p) {
+  return p ? reinterpret_cast<void*>(reinterpret_cast<uint64_t>(p) | kDeviceBit) : nullptr;
+}
+inline void* to_host(const void* p) { return reinterpret_cast<void*>(host_address(reinterpret_cast<uint64_t>(p))); }
+
+void install_fault_handler();
+
+// Known memory, by the host's addresses; a range may be added more than once.
 void add_buffer(const void* begin, size_t bytes, const std::string& name);
 bool remove_buffer(const void* begin);
 extern uint64_t buffer_epoch;  // changes when what sites remember may be out of date
@@ -178,11 +192,12 @@ void find_buffer(Site& site, uintptr_t address, size_t bytes);
 bool is_in_buffer(const void* begin, size_t bytes);
 
 constexpr size_t kStackBytes = 256 << 10;
-// Whether a generic address is in the block's shared memory, the kernel's parameters or this thread's local memory.
+// Whether a generic address is in the kernel's parameters or this thread's local memory.
 bool is_private(uintptr_t address, size_t bytes);
 
-enum class Space { shared, global_read, global_written };
-void record_access(Site& site, Space space, uint64_t address, uint32_t bytes);
+void watch_access(Site& site, bool is_shared, uint64_t address, uint32_t bytes, bool reads, bool writes,
+                  bool is_atomic);
+void fence_threads();
 
 }  // namespace emulator
 #pragma GCC visibility pop

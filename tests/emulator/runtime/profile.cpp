@@ -9,6 +9,8 @@ namespace emulator {
 
 namespace {
 
+enum class Space { shared, global_read, global_written };
+
 constexpr int kBanks = 32, kBankBytes = 4, kSectorBytes = 32;
 
 struct Access {
@@ -60,9 +62,7 @@ void count(const Access& access) {
   }
 }
 
-}  // namespace
-
-void record_access(Site& site, Space space, uint64_t address, uint32_t bytes) {
+void record(Site& site, Space space, uint64_t address, uint32_t bytes) {
   if (site.number == 0) site.number = ++num_sites;
   // An atomic operation is two accesses at one place.
   const size_t place = site.number * 2 + (space == Space::global_written);
@@ -77,6 +77,17 @@ void record_access(Site& site, Space space, uint64_t address, uint32_t bytes) {
   if (access.lanes != ~0u) return;
   count(access);
   accesses.erase(key);
+}
+
+}  // namespace
+
+void record_access(Site& site, bool is_shared, uint64_t address, uint32_t bytes, bool reads, bool writes) {
+  if (is_shared) {
+    if (settings.watches & kConflicts) record(site, Space::shared, address, bytes);
+  } else if (settings.watches & kSectors) {
+    if (reads) record(site, Space::global_read, address, bytes);
+    if (writes) record(site, Space::global_written, address, bytes);
+  }
 }
 
 void finish_profile() {

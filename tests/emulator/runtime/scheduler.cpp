@@ -11,6 +11,8 @@
 #include <numeric>
 #include <utility>
 
+#include "races.h"
+
 namespace emulator {
 
 Block block;
@@ -154,12 +156,13 @@ void start_fiber(uint32_t i) {
   f.stack_pointer = sp;
 }
 
-void run_block() {
+void run_block(uint64_t number) {
   const auto n = static_cast<uint32_t>(block.size.count());
   memset(block.smem, 0xff, block.smem_bytes);  // NaN, until it is written
   reset_barriers();
   reset_warps();
   num_live = n;
+  if (settings.watches & kRaces) begin_race_block(number, n);
   queues.assign((n + kWarp - 1) / kWarp, {});
   for (uint32_t i = 0; i < n; ++i) {
     start_fiber(i);
@@ -250,10 +253,11 @@ void run(const Kernel& kernel, Dim grid, Dim size, size_t dynamic_smem, const un
   block.smem = reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(smem.data()) + 1023) & ~uintptr_t(1023));
   allocate_fibers(size.count());
   random_state = (settings.seed + 1) * 0x9e3779b97f4a7c15ull | 1;
+  if (settings.watches & kRaces) begin_race_launch();
   for (const uint64_t i : order_of_blocks(grid.count())) {
     block.index = {static_cast<uint32_t>(i % grid.x), static_cast<uint32_t>(i / grid.x % grid.y),
                    static_cast<uint32_t>(i / grid.x / grid.y)};
-    run_block();
+    run_block(i);
   }
   statistics.instructions += block.instructions;
 }

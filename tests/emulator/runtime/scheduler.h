@@ -44,6 +44,7 @@ void leave_barriers();
 void leave_warp();
 std::string describe_warps();  // which lanes are awaited
 
+void record_access(Site& site, bool is_shared, uint64_t address, uint32_t bytes, bool reads, bool writes);
 void finish_profile();
 
 }  // namespace emulator

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "races.h"
 #include "scheduler.h"
 
 namespace emulator {
@@ -77,7 +78,12 @@ void meet(const Site& site, uint32_t mask, void* argument, LaneWork work) {
 }
 
 void warp_barrier(const Site& site, uint32_t mask) {
-  meet(site, mask, nullptr, [](const Site&, void**, uint32_t) {});
+  meet(site, mask, nullptr, [](const Site&, void**, uint32_t lanes) {
+    if (!(settings.watches & kRaces)) return;
+    std::vector<uint32_t> threads;
+    for (; lanes; lanes &= lanes - 1) threads.push_back(current->warp * kWarp + __builtin_ctz(lanes));
+    synchronise(threads);
+  });
 }
 
 Ballot ballot(const Site& site, uint32_t mask, bool value) {
