@@ -1,9 +1,11 @@
+import cubins
 import emulator.ops
 import pytest
 import torch
 from cuda_compiler import NoCompilerError
 from helpers import SMALL, interrupt_at
 
+from bigkern import libraries
 from bigkern.train.loop import train
 
 
@@ -50,6 +52,17 @@ def emulated_ops():
     try:
         return emulator.ops.load()
     except NoCompilerError as obstacle:
+        pytest.skip(str(obstacle))
+
+
+@pytest.fixture(scope="session")
+def cuda_kernels():
+    """Those of the built library, as machine code."""
+    if libraries.problems["_C_cuda"]:
+        pytest.skip(libraries.problems["_C_cuda"])
+    try:
+        return cubins.read_kernels(libraries.path("_C_cuda"))
+    except cubins.NoToolError as obstacle:
         pytest.skip(str(obstacle))
 
 
