@@ -18,7 +18,7 @@ def pairs(draw, low):
     return first, draw(st.one_of(st.just(first), st.integers(first, 9)))
 
 @settings(settings(max_examples=3), max_examples=7)
-@given(pairs(2), word=st.sampled_from("abc"))
+@given(pair=pairs(2), word=st.sampled_from("abc"))
 def test_draws(request, pair, word):
     assert request.node.name == "test_draws" and 2 <= pair[0] <= pair[1] <= 9
     seen.append((pair, word))
