@@ -33,6 +33,7 @@ from itertools import groupby
 from pathlib import Path
 
 from cubins import Instruction, Kernel, NoToolError, find_in_toolkit, read_kernels, run
+from markdown import table
 from traffic import NoCompilerError, emulate_all
 
 from bigkern import libraries
@@ -227,12 +228,6 @@ def cells(rows: list[dict]) -> list[str]:
         span(shares, "{:.0%}"),
         ", ".join(bounds) or "-",
     ]
-
-
-def table(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
-    header = list(header)
-    text = [header, ["---"] * len(header), *lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in text)
 
 
 def kernel_table(rows: list[dict], groups: bool) -> str:
