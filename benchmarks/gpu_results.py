@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
-from markdown import replace_generated, table
+from generated import replace_generated, table
 
 import bigkern
 

@@ -33,7 +33,7 @@ from itertools import groupby
 from pathlib import Path
 
 from cubins import Instruction, Kernel, NoToolError, find_in_toolkit, read_kernels, run
-from markdown import table
+from generated import table
 from traffic import NoCompilerError, emulate_all
 
 from bigkern import libraries
