@@ -21,12 +21,24 @@ class NoToolError(Exception):
 @dataclass(frozen=True)
 class Instruction:
     address: int
-    opcode: str  # with its modifiers, without its predicate
+    predicate: str  # @P0, @!P0 or nothing
+    opcode: str  # with its modifiers
     operands: str
 
     @property
     def is_matrix_product(self) -> bool:
         return re.match(r"[HI]G?MMA\.", self.opcode) is not None
+
+    @property
+    def target(self) -> int | None:
+        """Where a branch goes."""
+        found = re.search(r"0x([0-9a-f]+)$", self.operands)
+        return int(found[1], 16) if found and self.opcode.startswith("BRA") else None
+
+    @property
+    def falls_through(self) -> bool:
+        is_always = not self.predicate and "," not in self.operands
+        return not (is_always and self.opcode.split(".")[0] in ("BRA", "BRX", "EXIT", "RET"))
 
 
 @dataclass(frozen=True)
@@ -52,25 +64,41 @@ class Kernel:
         return self.count("LDL", "STL")
 
     def main_loop(self) -> list[Instruction]:
-        """The innermost loop with the most matrix products; all of the code where no loop has any.
-        A loop is what a backward branch jumps over."""
-        products = [i.address for i in self.instructions if i.is_matrix_product]
-        loops = set()
-        for branch in self.instructions:
-            target = re.search(r"0x([0-9a-f]+)$", branch.operands)
-            if branch.opcode.startswith("BRA") and target:
-                loop = range(int(target[1], 16), branch.address + 1)
-                if any(address in loop for address in products):
-                    loops.add(loop)
-        innermost = [
-            loop
-            for loop in loops
-            if not any(other != loop and other[0] in loop and other[-1] in loop for other in loops)
-        ]
+        """The innermost loop with the most matrix products; all of the code where none has any."""
+        products = {i for i, x in enumerate(self.instructions) if x.is_matrix_product}
+        loops = [body for body in find_loops(self.instructions) if body & products]
+        innermost = [body for body in loops if not any(other < body for other in loops)]
         if not innermost:
             return self.instructions
-        best = max(innermost, key=lambda loop: sum(address in loop for address in products))
-        return [i for i in self.instructions if i.address in best]
+        best = max(innermost, key=lambda body: len(body & products))
+        return [self.instructions[i] for i in sorted(best)]
+
+
+def find_loops(instructions: list[Instruction]) -> list[set[int]]:
+    """Natural loops, as indices: all from which a backward branch is reached without passing its
+    target. What the compiler has moved out of line belongs to them."""
+    index = {x.address: i for i, x in enumerate(instructions)}
+    predecessors = [
+        [i - 1] if i and instructions[i - 1].falls_through else [] for i in index.values()
+    ]
+    branches = [(i, index[x.target]) for i, x in enumerate(instructions) if x.target in index]
+    for branch, target in branches:
+        predecessors[target].append(branch)
+    bodies: dict[int, set[int]] = {}
+    for branch, target in branches:
+        if target > branch:
+            continue
+        body, waiting = {target}, [branch]
+        while waiting:
+            i = waiting.pop()
+            if i not in body:
+                body.add(i)
+                waiting += predecessors[i]
+        if (
+            target == 0 or 0 not in body
+        ):  # else it is entered elsewhere: a way back from out of line
+            bodies.setdefault(target, set()).update(body)
+    return list(bodies.values())
 
 
 def short_name(demangled: str) -> str:
@@ -143,5 +171,5 @@ def _kernels(tool: Path, cubin: Path) -> list[Kernel]:
 
 
 def _instructions(text: str) -> list[Instruction]:
-    found = re.findall(r"/\*([0-9a-f]{4,})\*/ +(?:@!?\w+ +)?([A-Z]\w*(?:\.\w+)*)([^;]*);", text)
-    return [Instruction(int(a, 16), opcode, operands.strip()) for a, opcode, operands in found]
+    pattern = r"/\*([0-9a-f]{4,})\*/ +(@!?\w+)? *([A-Z]\w*(?:\.\w+)*)([^;]*);"
+    return [Instruction(int(a, 16), p, o, x.strip()) for a, p, o, x in re.findall(pattern, text)]
