@@ -7,7 +7,10 @@ import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+
+from loops import find_loops
 
 # From Hopper on the system keeps the first of a block's shared memory, and cubins count it.
 RESERVED_SMEM = 1024
@@ -41,7 +44,7 @@ class Instruction:
         return not (is_always and self.opcode.split(".")[0] in ("BRA", "BRX", "EXIT", "RET"))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Kernel:
     name: str  # as short_name() gives it
     arch: str
@@ -63,42 +66,19 @@ class Kernel:
         """Accesses to local memory."""
         return self.count("LDL", "STL")
 
+    @cached_property
     def main_loop(self) -> list[Instruction]:
-        """The innermost loop with the most matrix products; all of the code where none has any."""
+        """Of the innermost loop with the most matrix products: what each pass runs, and products
+        and copies to shared memory wherever they are in it. All the code where no loop has any."""
         products = {i for i, x in enumerate(self.instructions) if x.is_matrix_product}
-        loops = [body for body in find_loops(self.instructions) if body & products]
-        innermost = [body for body in loops if not any(other < body for other in loops)]
+        loops = [loop for loop in find_loops(self.instructions) if loop.body & products]
+        innermost = [x for x in loops if not any(other.body < x.body for other in loops)]
         if not innermost:
             return self.instructions
-        best = max(innermost, key=lambda body: len(body & products))
-        return [self.instructions[i] for i in sorted(best)]
-
-
-def find_loops(instructions: list[Instruction]) -> list[set[int]]:
-    """Natural loops, as indices: all from which a backward branch is reached without passing its
-    target. What the compiler has moved out of line belongs to them."""
-    index = {x.address: i for i, x in enumerate(instructions)}
-    predecessors = [
-        [i - 1] if i and instructions[i - 1].falls_through else [] for i in index.values()
-    ]
-    branches = [(i, index[x.target]) for i, x in enumerate(instructions) if x.target in index]
-    for branch, target in branches:
-        predecessors[target].append(branch)
-    bodies: dict[int, set[int]] = {}
-    for branch, target in branches:
-        if target > branch:
-            continue
-        body, waiting = {target}, [branch]
-        while waiting:
-            i = waiting.pop()
-            if i not in body:
-                body.add(i)
-                waiting += predecessors[i]
-        if (
-            target == 0 or 0 not in body
-        ):  # else it is entered elsewhere: a way back from out of line
-            bodies.setdefault(target, set()).update(body)
-    return list(bodies.values())
+        best = max(innermost, key=lambda loop: len(loop.body & products))
+        copies = {i for i in best.body if self.instructions[i].opcode.startswith("LDGSTS")}
+        chosen = best.always | best.body & products | copies
+        return [self.instructions[i] for i in sorted(chosen)]
 
 
 def short_name(demangled: str) -> str:

@@ -14,11 +14,11 @@ cycle and SM (CUDA C++ Programming Guide, arithmetic throughput). So
 
     share of the tensor cores' peak <= cycles of the products at peak / cycles of the busiest unit
 
-of one pass of the loop, all branches of it taken. A call (traffic.py) besides takes at least the
-time for which L2 serves the bytes that the emulator saw its threads ask for (5120 bytes a cycle:
-the A100's whitepaper, taken for the H100 too), and DRAM the bytes that it must read and write.
-Its bound is a share of the roofline: of the tensor cores' peak or of DRAM's bandwidth, whichever
-is nearer.
+of one pass of the loop; what isn't done in every pass, masks and dropout, is left out. A call
+(traffic.py) besides takes at least the time for which L2 serves the bytes that the emulator saw
+its threads ask for (5120 bytes a cycle: the A100's whitepaper, taken for the H100 too), and DRAM
+the bytes that it must read and write. Its bound is a share of the roofline: of the tensor cores'
+peak or of DRAM's bandwidth, whichever is nearer.
 """
 
 import argparse
@@ -130,7 +130,7 @@ class Bound:
 
 def loop_bound(kernel: Kernel, card: str) -> Bound | None:
     """The most of the tensor cores' peak that the main loop allows; None without products."""
-    loop = kernel.main_loop()
+    loop = kernel.main_loop
     at_peak = sum(product_cycles(i, card) for i in loop if i.is_matrix_product)
     if not at_peak:
         return None
@@ -167,7 +167,7 @@ class Occupancy:
 
 def row(kernel: Kernel, dynamic_smem: int | None, occupancy: Occupancy) -> dict:
     """All about one kernel. `dynamic_smem` is None where no call in the emulator used it."""
-    loop = kernel.main_loop()
+    loop = kernel.main_loop
     products = sum(i.is_matrix_product for i in loop)
     cards = [card for card in CARDS if card.arch == kernel.arch]
     bounds = {c.name: loop_bound(kernel, c.name) for c in cards if c.name in PEAKS}
@@ -175,7 +175,8 @@ def row(kernel: Kernel, dynamic_smem: int | None, occupancy: Occupancy) -> dict:
         "kernel": kernel.name,
         "arch": kernel.arch,
         "registers": kernel.registers,
-        "spills": kernel.spills + kernel.stack_bytes,
+        "spills": kernel.spills,
+        "stack_bytes": kernel.stack_bytes,
         "threads": kernel.max_threads,
         "static_smem": kernel.static_smem,
         "dynamic_smem": dynamic_smem,

@@ -1,8 +1,10 @@
 """benchmarks/static_report.py: what it says of the kernels, and that it sees what it should."""
 
+import re
 import subprocess
 
 import cubins
+import loops
 import pytest
 import static_report
 import traffic
@@ -117,7 +119,7 @@ def test_main_loop(examples, arch):
     kernel = examples["products", arch]
     assert kernel.name == "products<(Mode)0>"
     assert (kernel.max_threads, kernel.static_smem, kernel.stack_bytes) == (128, 512, 0)
-    loop = kernel.main_loop()
+    loop = kernel.main_loop
     assert sum(i.is_matrix_product for i in loop) == kernel.count("HMMA") == 2
     assert any(i.opcode.startswith("BAR") for i in loop)
     assert len(loop) < len(kernel.instructions) / 2  # without the outer loop
@@ -129,20 +131,50 @@ def test_spills_are_seen(examples, arch):
     assert kernel.registers == 32
     assert kernel.spills > 0
     assert kernel.stack_bytes > 0
-    assert kernel.main_loop() == kernel.instructions
+    assert kernel.main_loop == kernel.instructions
     assert static_report.loop_bound(kernel, "H100") is None
+
+
+# address: opcode target. A copy under a condition lies out of line, as compilers do it.
+LOOPS = """
+0 MOV
+1 IADD3
+2 @P0 BRA 8
+3 HMMA.16816.F32
+4 @P1 BRA 6
+5 FMUL
+6 @P2 BRA 1
+7 EXIT
+8 LDGSTS.E.128
+9 BRA 3
+"""
+
+
+def test_loops_and_what_each_pass_runs():
+    code = []
+    for line in LOOPS.split("\n")[1:-1]:
+        address, predicate, opcode, target = re.fullmatch(
+            r"(\d+) (@P\d )?(\S+) ?(\d*)", line
+        ).groups()
+        operands = f"0x{target}" if target else ""
+        code.append(cubins.Instruction(int(address), predicate or "", opcode, operands))
+    (loop,) = loops.find_loops(code)
+    assert loop.body == {1, 2, 3, 4, 5, 6, 8, 9}
+    assert loop.always == {1, 2, 3, 4, 6}
+    kernel = cubins.Kernel("f", "sm_80", 32, 0, 0, 128, code)
+    assert [i.address for i in kernel.main_loop] == [1, 2, 3, 4, 6, 8]
 
 
 def test_bound_of_a_loop(examples):
     """16 cycles of an A100's tensor cores, where each pass issues more instructions than that."""
     kernel = examples["products", "sm_80"]
-    instructions = len(kernel.main_loop())
-    units = static_report.unit_cycles(kernel.main_loop(), "A100")
+    instructions = len(kernel.main_loop)
+    units = static_report.unit_cycles(kernel.main_loop, "A100")
     assert units["issue"] == instructions > 16 == units["tensor cores"]
     bound = static_report.loop_bound(kernel, "A100")
     assert bound.share == 16 / max(units.values())
     # An H100's are twice as fast, but not by mma.sync.
-    units = static_report.unit_cycles(examples["products", "sm_90a"].main_loop(), "H100")
+    units = static_report.unit_cycles(examples["products", "sm_90a"].main_loop, "H100")
     assert units["tensor cores"] == pytest.approx(8 / 0.63)
 
 
