@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import bigkern
+from bigkern.backends import available
 
 BY_DEVICE = {
     "shape": {  # M, N, K
@@ -61,7 +62,7 @@ def test_linear(benchmark, shape, device):
     linear = nn.Linear(K, N, device=device, dtype=dtype).requires_grad_(False)
     x = torch.randn(M, K, device=device).to(dtype)
     weight, scale = bigkern.quantize_rows(linear.weight)
-    packed = bigkern.pack_weight(weight) if device == "cpu" else weight
+    packed = bigkern.pack_weight(weight) if available("pack_weight", device) else weight
     contenders = {"bigkern": lambda: bigkern.int8_linear(x, packed, scale, linear.bias)}
     if device == "cpu":
         dynamic = dynamically_quantized(linear)

@@ -246,7 +246,7 @@ def call_bound(call: dict, bounds: dict[str, float], card: str) -> Bound:
     products = call["flops"] / (peak.flops * call["rate"])
     times = {
         "main loop": products / min(loops, default=1.0),
-        "DRAM": call["minimum"] / peak.dram,
+        "DRAM": call["least"] / peak.dram,
         "L2": call["moved"] / peak.l2,
     }
     limit = max(times, key=times.get)
@@ -271,8 +271,8 @@ def call_table(calls: list[dict], rows: list[dict]) -> str:
                 f"{call['call']}, {tuple(call['emulated_size'])}",
                 ", ".join(dict.fromkeys(name.partition("<")[0] for name in call["kernels"])),
                 f"{call['emulated_read']:,} + {call['emulated_written']:,}",
-                f"{call['emulated_minimum']:,}",
-                f"{moved / call['emulated_minimum']:.2f}",
+                f"{call['emulated_least']:,}",
+                f"{moved / call['emulated_least']:.2f}",
                 str(tuple(call["size"])),
                 *bounds,
             ]

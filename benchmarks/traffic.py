@@ -18,13 +18,14 @@ from emulator import ops
 
 @dataclass(frozen=True)
 class Case:
-    """A call of an op. It is emulated at the size `small`; what is moved at `large` is more by the
-    ratio of the products, or of the minima where there are none."""
+    """A call of an op. It is emulated at the size `small`; at `large` it reads more by the ratio of
+    the products, or of the least where there are none, and writes more by the ratio of the least.
+    """
 
     name: str
     op: str
     prepare: Callable[..., Callable[[], object]]  # the call
-    minimum: Callable[..., int]  # bytes: each input read and each output written once
+    least: Callable[..., tuple[int, int]]  # bytes of the inputs and of the outputs
     small: tuple[int, ...]
     large: tuple[int, ...]
     products: Callable[..., int] = lambda *size: 0  # multiply-adds
@@ -68,60 +69,84 @@ def weight_only_linear(M: int, N: int, K: int) -> Callable[[], object]:
     return lambda: bigkern.weight_only_linear(x, weight, torch.ones(N))
 
 
-def attention_case(kind: str, passes: int, products: int, small: tuple, large: tuple) -> Case:
-    """Forward: 4 tensors of bfloat16 and the log-sum-exp are moved, 2 products made; backward
-    twice that, and 5."""
-    return Case(
-        f"attention {kind}, bfloat16, E {large[2]}",
-        "attention_backward" if passes == 2 else "attention",
-        attention_backward if passes == 2 else attention_forward,
-        lambda queries, keys, E: passes * (4 * (queries + keys) * E + 4 * queries),
-        small,
-        large,
-        lambda queries, keys, E: products * queries * keys * E,
-    )
+def forward_least(queries: int, keys: int, E: int) -> tuple[int, int]:
+    """Of bfloat16, and of the row maxima and sums in float32."""
+    return 2 * (queries + 2 * keys) * E, (2 * E + 8) * queries
+
+
+def backward_least(queries: int, keys: int, E: int) -> tuple[int, int]:
+    """Query, out and its gradient, maxima and sums; keys and values; and three gradients."""
+    return (6 * E + 8) * queries + 4 * keys * E, 2 * (queries + 2 * keys) * E
+
+
+def products(M: int, N: int, K: int) -> int:
+    return M * N * K
 
 
 CASES = [
-    Case("Adam, float32", "adam_", adam, lambda n: 28 * n, (2**16,), (2**24,)),
+    Case("Adam, float32", "adam_", adam, lambda n: (16 * n, 12 * n), (2**16,), (2**24,)),
     *(
-        attention_case("forward", 1, 2, (256, 256, E), (16384, 16384, E))
+        Case(
+            f"attention, bfloat16, E {E}",
+            "attention",
+            attention_forward,
+            forward_least,
+            (256, 256, E),
+            (16384, 16384, E),
+            lambda *size: 2 * products(*size),
+        )
         for E in (64, 128, 256)
     ),
     *(
-        attention_case("backward", 2, 5, (256, 256, E), (16384, 16384, E))
+        Case(
+            f"attention backward, bfloat16, E {E}",
+            "attention_backward",
+            attention_backward,
+            backward_least,
+            (256, 256, E),
+            (16384, 16384, E),
+            lambda *size: 5 * products(*size),
+        )
         for E in (64, 128)
     ),
-    attention_case("decoding", 1, 2, (1, 1024, 128), (1, 2**19, 128)),
+    Case(
+        "attention of one query, bfloat16",
+        "attention",
+        attention_forward,
+        forward_least,
+        (1, 1024, 128),
+        (1, 2**19, 128),
+    ),
+    # As many tiles as on a card with all SMs busy, so that the large tile is taken.
     Case(
         "int8_mm",
         "int8_mm",
         int8_mm,
-        lambda M, N, K: M * K + N * K + 4 * M * N,
-        (512, 512, 256),
+        lambda M, N, K: (M * K + N * K, 4 * M * N),
+        (2048, 2048, 64),
         (8192, 8192, 8192),
-        lambda M, N, K: M * N * K,
+        products,
         2.0,
     ),
     Case(
         "int8_linear, bfloat16",
         "int8_linear",
         int8_linear,
-        lambda M, N, K: 2 * M * K + N * K + 8 * N + 2 * M * N,
-        (512, 512, 256),
+        lambda M, N, K: (2 * M * K + N * K + 8 * N, 2 * M * N),
+        (2048, 2048, 64),
         (8192, 8192, 8192),
-        lambda M, N, K: M * N * K,
+        products,
         2.0,
     ),
     Case(
-        "weight_only_linear, 1 row of bfloat16",
+        "weight_only_linear of one row, bfloat16",
         "weight_only_linear",
         weight_only_linear,
-        lambda M, N, K: 2 * M * K + N * K + 4 * N + 2 * M * N,
+        lambda M, N, K: (2 * M * K + N * K + 4 * N, 2 * M * N),
         (1, 1024, 1024),
         (1, 8192, 8192),
     ),
-]  # fmt: skip
+]
 
 
 def emulate_all(card: str = "h100") -> tuple[list[dict], dict[str, int]]:
@@ -151,20 +176,19 @@ def emulate_all(card: str = "h100") -> tuple[list[dict], dict[str, int]]:
 
 def describe(case: Case, launches: list[dict]) -> dict:
     read, written = (sum(x[f"global_{kind}"] for x in launches) for kind in ("read", "written"))
-    products, minimum = case.products(*case.large), case.minimum(*case.large)
-    growth = (
-        products / case.products(*case.small) if products else minimum / case.minimum(*case.small)
-    )
+    least, large = case.least(*case.small), case.least(*case.large)
+    products = case.products(*case.large)
+    growth = products / case.products(*case.small) if products else large[0] / least[0]
     return {
         "call": case.name,
         "kernels": [short_name(launch["kernel"]) for launch in launches],
         "emulated_size": case.small,
         "emulated_read": read,
         "emulated_written": written,
-        "emulated_minimum": case.minimum(*case.small),
+        "emulated_least": sum(least),
         "size": case.large,
-        "moved": (read + written) * growth,
-        "minimum": minimum,
+        "moved": read * growth + written * large[1] / least[1],
+        "least": sum(large),
         "flops": 2 * products,
         "rate": case.rate,
     }
