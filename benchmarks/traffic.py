@@ -157,20 +157,23 @@ def emulate_all(card: str = "h100") -> tuple[list[dict], dict[str, int]]:
         cuda_compiler.NoCompilerError: nothing is cached, and there is no nvcc.
     """
     controls = ops.load()
-    controls.set_device(card)
     calls, dynamic_smem = [], {}
-    with ops.backend():
-        for case in CASES:
-            if "emulated" not in backends.table()[case.op]:
-                continue
-            run = case.prepare(*case.small)
-            controls.take_launches()
-            run()
-            launches = controls.take_launches()
-            calls.append(describe(case, launches))
-            for launch in launches:
-                name = short_name(launch["kernel"])
-                dynamic_smem[name] = max(dynamic_smem.get(name, 0), launch["dynamic_smem"])
+    controls.set_device(card)
+    try:
+        with ops.backend():
+            for case in CASES:
+                if "emulated" not in backends.table()[case.op]:
+                    continue
+                call = case.prepare(*case.small)
+                controls.take_launches()
+                call()
+                launches = controls.take_launches()
+                calls.append(describe(case, launches))
+                for launch in launches:
+                    name = short_name(launch["kernel"])
+                    dynamic_smem[name] = max(dynamic_smem.get(name, 0), launch["dynamic_smem"])
+    finally:
+        controls.set_device("h100")
     return calls, dynamic_smem
 
 

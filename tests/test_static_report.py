@@ -88,11 +88,7 @@ def test_every_kernel_fits_its_cards(cuda_kernels, occupancy):
 @pytest.fixture(scope="module")
 def emulated(emulated_ops):
     """What calls moved, by card."""
-    found = {}
-    for card in ("a100", "rtx4090", "h100"):
-        found[card] = traffic.emulate_all(card)
-        emulated_ops.set_device("h100")
-    return found
+    return {card: traffic.emulate_all(card) for card in ("a100", "rtx4090", "h100")}
 
 
 @pytest.mark.parametrize("card", ["a100", "rtx4090", "h100"])
