@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import common
 import gpu_results
 import pytest
 import torch
@@ -41,6 +42,62 @@ def test_a_benchmark_on_the_cpu():
     result = run("adam", "-k", "SimpleCNN and not scaler")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "| SimpleCNN | torch fused |" in result.stdout
+
+
+# ---- Measuring on a GPU ----
+
+
+def test_a_gpus_cases_are_its_own():
+    """Not those of a CPU; and all benchmarks can be collected for it."""
+    code = """
+import common, pytest
+options = ["--collect-only", "-q", "--import-mode=prepend", "-o", "python_files=bench_*.py"]
+pytest.main([*options, "."], plugins=[common._Plugin("cuda")])
+"""
+    command, folder = [sys.executable, "-c", code], ROOT / "benchmarks"
+    text = subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout
+    assert "test_forward[" in text, text
+    forward = [line for line in text.splitlines() if "test_forward[" in line]
+    assert all("16384" in line or "(8, " in line or "(32, " in line for line in forward)
+    assert any("(8192, 8192, 8192)" in line for line in text.splitlines())
+    assert "float32" not in "".join(forward)
+
+
+class Benchmark:
+    """As much of pytest-benchmark's as is used."""
+
+    def __init__(self):
+        self.extra_info = {}
+
+    def pedantic(self, function, rounds):
+        for _ in range(rounds):
+            function()
+
+
+def fail():
+    raise RuntimeError("No available kernel.\nAborting execution.")
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Calls take a millisecond."""
+    monkeypatch.setattr(common, "sample", lambda call, calls, device: call() or 1e-3)
+
+
+def test_what_torch_cannot_do_on_a_gpu_is_left_out(measured):
+    benchmark = Benchmark()
+    contenders = {"bigkern": lambda: None, "torch cuDNN": fail, "torch flash": lambda: None}
+    common.alternate(benchmark, contenders, "cuda")
+    assert benchmark.extra_info == {
+        "quartiles_ms": {"bigkern": [1.0] * 3, "torch flash": [1.0] * 3},
+        "missing": {"torch cuDNN": "No available kernel."},
+    }
+
+
+@pytest.mark.parametrize(("name", "where"), [("bigkern", "cuda"), ("torch", "cpu")])
+def test_other_failures_are_shown(measured, name, where):
+    with pytest.raises(RuntimeError, match="No available kernel"):
+        common.alternate(Benchmark(), {name: fail}, where)
 
 
 # ---- Results of a GPU ----
