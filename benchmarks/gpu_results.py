@@ -55,7 +55,7 @@ def commit() -> str | None:
 def environment() -> dict[str, str | float | None]:
     """The current card, asked while it works, and the software."""
     busy = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    for _ in range(200):  # a third of a second on an H100
+    for _ in range(1000):  # more than a second, so that nvidia-smi sees it
         busy @ busy
     index = torch.cuda.current_device()
     uuid = f"GPU-{torch.cuda.get_device_properties(index).uuid}"
