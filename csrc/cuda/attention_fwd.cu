@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(32 * tiles_of(kDim * sizeof(T), kPlain).warps)
 
     // S = Q @ K^T  [kWarpRows, BLOCK_KV]
     float s[kRowTiles][kN][4] = {};
-#pragma unroll
+#pragma unroll(kQueryInRegisters ? kDimSteps : 4)
     for (int k = 0; k < kDimSteps; ++k) {
       Fragment<T, 4> q[kRowTiles];
 #pragma unroll
