@@ -121,6 +121,7 @@ struct AttentionScores {
 struct DropoutWords {
   uint4 words;
 
+  DropoutWords() = default;
   __device__ DropoutWords(const AttentionProblem& p, int b, const AttentionRow& row, int j) {
     const auto bh = static_cast<uint32_t>(b * p.heads + row.head);
     words = philox(
