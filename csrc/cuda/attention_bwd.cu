@@ -58,22 +58,24 @@ void launch_backward(const AttentionProblem& p, const AttentionBackwardProblem& 
   const bool reads_vectors = is_vectorized(p, g.grad_out, p.value_dim) && is_vectorized(p, p.out, p.value_dim);
   launch_blocks(p, delta_kernel<T>, blocks_of_rows, 128, 0, g, reads_vectors);
 
-  constexpr KeyTiles kKeyTiles = key_tiles<T, kDim>();
+  constexpr KeyTiles kKeyTiles = key_tiles<T, kDim, kPlain>();
   Tensor sums;
   if (!g.deterministic) {
-    constexpr int BLOCK_Q = kKeyTiles.block_q;
-    l.num_query_tiles = p.cu_seqlens_q != nullptr ? p.q_rows / BLOCK_Q + p.batch
-                                                  : p.batch * ceil_div<int64_t>(p.max_q_len, BLOCK_Q);
-    sums = new_scratch(p.heads * l.num_query_tiles * BLOCK_Q * kDim, ScalarType::Float, device_of(p));
+    l.block_q = kKeyTiles.block_q;
+    l.warps = kKeyTiles.warps();
+    l.warp_cols = kDim / l.warps;
+    l.num_query_tiles = p.cu_seqlens_q != nullptr ? p.q_rows / l.block_q + p.batch
+                                                  : p.batch * ceil_div<int64_t>(p.max_q_len, l.block_q);
+    sums = new_scratch(p.heads * l.num_query_tiles * l.block_q * kDim, ScalarType::Float, device_of(p));
     torch::stable::zero_(sums);
     l.query_sums = static_cast<float*>(sums.data_ptr());
   }
   l.num_tiles = ceil_div<int64_t>(p.max_k_len, kKeyTiles.block_kv());
   launch_blocks(p, attention_keys_kernel<T, kDim, kPlain>, l.num_tiles * p.batch * p.kv_heads, 32 * kKeyTiles.warps(),
-                key_smem_bytes<T, kDim>(), g, l);
+                key_smem_bytes<T, kDim, kPlain>(), g, l);
 
   if (l.query_sums != nullptr) {
-    launch_blocks(p, convert_query_kernel<T, kDim>, blocks_of_rows, 128, 0, g, l);
+    launch_blocks(p, convert_query_kernel<T>, blocks_of_rows, 128, 0, g, l);
     return;
   }
   constexpr QueryTiles kQueryTiles = query_tiles(kDim * sizeof(T));
@@ -96,7 +98,10 @@ void attention_backward(const AttentionBackwardProblem& backward) {
   const bool is_plain = p.scale > 0 && p.softcap == 0 && p.mask.data == nullptr && p.alibi_slopes.data == nullptr &&
                         p.dropout_threshold == 0;
   ATTENTION_SWITCH(p, T, kDim, [&] {
-    BOOL_SWITCH(is_plain, kPlain, [&] { launch_backward<T, kDim, kPlain>(p, backward, launch_of(backward)); });
+    // Beside the products of float32, the tests of features that a problem hasn't take no time.
+    constexpr bool kMayBePlain = sizeof(T) == 2;
+    BOOL_SWITCH(is_plain && kMayBePlain, kPlain,
+                [&] { launch_backward<T, kDim, kPlain && kMayBePlain>(p, backward, launch_of(backward)); });
   });
 }
 

@@ -17,18 +17,18 @@ struct KeyTiles {
   constexpr int warps() const { return key_warps * feature_warps; }
   constexpr int block_kv() const { return 16 * row_tiles * key_warps; }
 };
-template <class T, int kDim>
+template <class T, int kDim, bool kPlain>
 constexpr KeyTiles key_tiles() {
   if (sizeof(T) == 2) {
     switch (kDim) {
-      case 64: return {2, 4, 1, 64, 16, 2, false};
-      case 128: return {1, 8, 1, 64, 32, 2, true};
+      case 64: return kPlain ? KeyTiles{2, 4, 1, 64, 16, 2, false} : KeyTiles{1, 4, 1, 64, 32, 2, false};
+      case 128: return kPlain ? KeyTiles{1, 8, 1, 64, 16, 2, true} : KeyTiles{1, 4, 1, 64, 16, 2, false};
       default: return {1, 4, 2, 16, 16, 2, false};
     }
   }
   switch (kDim) {
     case 64: return {1, 4, 1, 32, 32, 2, false};
-    case 128: return {1, 4, 1, 16, 16, 2, false};
+    case 128: return {1, 4, 2, 16, 16, 2, false};
     default: return {1, 1, 4, 16, 16, 2, false};
   }
 }
@@ -61,9 +61,9 @@ struct QueryColumns {
   }
 };
 
-template <class T, int kDim>
+template <class T, int kDim, bool kPlain>
 constexpr size_t key_smem_bytes() {
-  constexpr KeyTiles kTiles = key_tiles<T, kDim>();
+  constexpr KeyTiles kTiles = key_tiles<T, kDim, kPlain>();
   const int key_tensors = kTiles.value_in_registers ? 1 : 2;
   const size_t rows = key_tensors * kTiles.block_kv() + (kTiles.q_stages + 1) * kTiles.block_q;
   return (rows * kDim + kTiles.block_kv() * kScoreCols<T>) * sizeof(T) + sizeof(QueryColumns<kTiles.block_q>);
@@ -78,10 +78,10 @@ __device__ Fragment<T, 4> load_left_t(SharedTile<T, kCols> tile, int row, int co
   if constexpr (std::is_same_v<T, float>) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      raw[i] = __float_as_uint(*tile.at(row + lane % 4 * 2 + i / 2, col + lane / 4 + i % 2 * 8));
+      raw[i] = __float_as_uint(*tile.at(row + lane % 4 * 2 + i / 2, col + i % 2 * 8, lane / 4));
     }
   } else {
-    load_matrices_transposed(raw, tile.chunk(row + lane % 8 + lane / 16 * 8, col / tile.kChunk + lane / 8 % 2));
+    load_matrices_transposed(raw, tile.chunk(row + lane % 8 + lane / 16 * 8, col / tile.kChunk, lane / 8 % 2));
   }
   return to_fragment<T>(raw);
 }
@@ -115,29 +115,30 @@ struct DropoutColumns {
   }
 };
 
-// Where a tile of dQ is summed up. Its elements lie in the order of the registers that hold them, 32 lanes side by
-// side: each atomic of a warp takes 128 bytes.
+// Where a tile of dQ is summed up.
 template <class T>
-__device__ int64_t query_tile_of(const AttentionHead<T>& head, const BackwardLaunch& launch, int64_t h, int64_t i,
-                                 int block_q) {
+__device__ float* query_sums_of(const AttentionHead<T>& head, const BackwardLaunch& launch, int64_t h, int64_t i) {
   const AttentionProblem& p = head.p;
-  const int64_t first = p.cu_seqlens_q != nullptr ? head.sequence.q_begin / block_q + head.b
-                                                  : head.b * ceil_div<int64_t>(p.max_q_len, block_q);
-  return h * launch.num_query_tiles + first + i / block_q;
+  const int64_t first = p.cu_seqlens_q != nullptr ? head.sequence.q_begin / launch.block_q + head.b
+                                                  : head.b * ceil_div<int64_t>(p.max_q_len, launch.block_q);
+  const int64_t tile = h * launch.num_query_tiles + first + i / launch.block_q;
+  return launch.query_sums + tile * launch.block_q * launch.warp_cols * launch.warps;
 }
-template <class T, int kDim>
-__device__ int place_in_query_tile(int row, int col) {
-  constexpr int kCols = kDim / key_tiles<T, kDim>().warps(), kM = key_tiles<T, kDim>().block_q / 16;
-  const int warp = col / kCols, n = col % kCols / 8, c = row / 8 % 2 * 2 + col % 2;
-  return (((warp * kM + row / 16) * (kCols / 8) + n) * 4 + c) * 32 + row % 8 * 4 + col % 8 / 2;
+
+// And an element of it: they lie in the order of the registers that hold them, 32 lanes side by side, so that each
+// atomic of a warp takes 128 bytes.
+__device__ inline int place_of_sum(const BackwardLaunch& launch, int row, int col) {
+  const int tile_row = col / launch.warp_cols * (launch.block_q / 16) + row / 16;
+  const int register_of_lane = (tile_row * (launch.warp_cols / 8) + col % launch.warp_cols / 8) * 4 + row / 8 % 2 * 2 + col % 2;
+  return register_of_lane * 32 + row % 8 * 4 + col % 8 / 2;
 }
 
 // kPlain: as the forward's; scores are scaled products of keys that causality and window select; scale is positive.
 template <class T, int kDim, bool kPlain>
-__global__ void __launch_bounds__(32 * key_tiles<T, kDim>().warps())
+__global__ void __launch_bounds__(32 * key_tiles<T, kDim, kPlain>().warps())
     attention_keys_kernel(const __grid_constant__ AttentionProblem p, const __grid_constant__ AttentionBackwardProblem g,
                           const __grid_constant__ BackwardLaunch launch) {
-  constexpr KeyTiles kTiles = key_tiles<T, kDim>();
+  constexpr KeyTiles kTiles = key_tiles<T, kDim, kPlain>();
   constexpr int kM = kTiles.row_tiles, kWarpKeys = 16 * kM, BLOCK_KV = kTiles.block_kv();
   constexpr int BLOCK_Q = kTiles.block_q, SUB_Q = kTiles.sub_q, kN = SUB_Q / 8, kStages = kTiles.q_stages;
   constexpr int kFeatures = kDim / kTiles.feature_warps, kD = kFeatures / 8, kDimSteps = kDim / kStep<T>;
@@ -148,8 +149,8 @@ __global__ void __launch_bounds__(32 * key_tiles<T, kDim>().warps())
   const int first_feature = warp % kTiles.feature_warps * kFeatures;
 
   const int block = blockIdx.x, j = block % launch.num_tiles * BLOCK_KV;
-  const int b = block / launch.num_tiles / p.kv_heads, kv_head = block / launch.num_tiles % p.kv_heads;
-  const AttentionHead<T> head(p, b, kv_head * p.group());
+  const int kv_head = block / launch.num_tiles % p.kv_heads;
+  AttentionHead<T> head(p, block / launch.num_tiles / p.kv_heads, kv_head * p.group());
   const AttentionSequence& sequence = head.sequence;
   if (j >= sequence.k_len) return;
 
@@ -212,6 +213,7 @@ __global__ void __launch_bounds__(32 * key_tiles<T, kDim>().warps())
     // The tiles have come, and all warps are done with those before.
     wait_for_copies<0>();
     __syncthreads();
+    head.b = opaque(head.b);
     if (kStages == 2) {
       copy_query(step + 1);
       commit_copies();
@@ -219,7 +221,7 @@ __global__ void __launch_bounds__(32 * key_tiles<T, kDim>().warps())
     const int h = head_of(step), i = query_of(step);
     const Tile queries_smem = q_smem(step % kStages);
     AttentionRow row;
-    if (!kPlain && p.alibi_slopes.data != nullptr) row.slope = *p.alibi_slopes.at(b, h);
+    if (!kPlain && p.alibi_slopes.data != nullptr) row.slope = *p.alibi_slopes.at(head.b, h);
 
 #pragma unroll 1
     for (int q = 0; q < BLOCK_Q; q += SUB_Q) {
@@ -234,12 +236,12 @@ __global__ void __launch_bounds__(32 * key_tiles<T, kDim>().warps())
       }
 
       // P^T = exp(S^T - row_max) / row_sum,  dS^T = P^T * (dP^T - delta)
-      const int key = j + first_key + lane / 4;
+      const int key = opaque(j + first_key + lane / 4);
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
         [[maybe_unused]] DropoutColumns<kM> dropout;
         const bool has_dropout = !kPlain && p.dropout_threshold > 0;
-        if (has_dropout) dropout = {p, static_cast<int>(b * p.heads + h), i + q + 8 * n, j + first_key};
+        if (has_dropout) dropout = {p, static_cast<int>(head.b * p.heads + h), i + q + 8 * n, j + first_key};
 #pragma unroll
         for (int second = 0; second < 2; ++second) {
           const int col = q + 8 * n + lane % 4 * 2 + second;
@@ -248,7 +250,7 @@ __global__ void __launch_bounds__(32 * key_tiles<T, kDim>().warps())
             row.key_begin = stats.key_begin;
             row.key_end = stats.key_end;
             row.diagonal = i + col + sequence.k_len - sequence.q_len;
-            row.mask_offset = b * p.mask.batch + h * p.mask.head + (i + col) * p.mask.row;
+            row.mask_offset = head.b * p.mask.batch + h * p.mask.head + (i + col) * p.mask.row;
           }
 #pragma unroll
           for (int m = 0; m < kM; ++m) {
@@ -290,7 +292,7 @@ __global__ void __launch_bounds__(32 * key_tiles<T, kDim>().warps())
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
               const float low = ds[m][n][2 * half], high = ds[m][n][2 * half + 1];
-              T* const to = ds_smem.at(first_key + m * 16 + half * 8 + lane / 4, q + 8 * n + lane % 4 * 2);
+              T* const to = ds_smem.at(first_key + m * 16 + half * 8 + lane / 4, q + 8 * n, lane % 4 * 2);
               if constexpr (std::is_same_v<T, float>) {
                 store(to, Vector<float, 2>{low, high});
               } else {
@@ -328,8 +330,7 @@ __global__ void __launch_bounds__(32 * key_tiles<T, kDim>().warps())
           }
         }
       }
-      float* sums = launch.query_sums + query_tile_of(head, launch, h, i, BLOCK_Q) * (BLOCK_Q * kDim) +
-                    warp * (BLOCK_Q * kCols) + lane;
+      float* sums = query_sums_of(head, launch, h, i) + warp * (BLOCK_Q * kCols) + lane;
 #pragma unroll
       for (int m = 0; m < kQ; ++m) {
 #pragma unroll
@@ -364,21 +365,20 @@ __global__ void __launch_bounds__(32 * key_tiles<T, kDim>().warps())
 }
 
 // dQ out of its sums: a warp a query.
-template <class T, int kDim>
+template <class T>
 __global__ void __launch_bounds__(128)
     convert_query_kernel(const __grid_constant__ AttentionProblem p, const __grid_constant__ AttentionBackwardProblem g,
                          const __grid_constant__ BackwardLaunch launch) {
-  constexpr int BLOCK_Q = key_tiles<T, kDim>().block_q;
   const int64_t r = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / 32;  // of [batch, heads, max_q_len]
   if (r >= p.batch * p.heads * p.max_q_len) return;
   const int query = r % p.max_q_len, h = r / p.max_q_len % p.heads, b = r / p.max_q_len / p.heads;
   const AttentionHead<T> head(p, b, h);
   if (query >= head.sequence.q_len) return;
-  const float* sums = launch.query_sums + query_tile_of(head, launch, h, query, BLOCK_Q) * (BLOCK_Q * kDim);
+  const float* sums = query_sums_of(head, launch, h, query);
+  const auto scale = static_cast<float>(p.scale);
   T* row = head.query_row(g.grad_query, h, query);
   for (int col = threadIdx.x % 32; col < p.head_dim; col += 32) {
-    row[col * g.grad_query.col] = static_cast<T>(sums[place_in_query_tile<T, kDim>(query % BLOCK_Q, col)] *
-                                                 static_cast<float>(p.scale));
+    row[col * g.grad_query.col] = static_cast<T>(sums[place_of_sum(launch, query % launch.block_q, col)] * scale);
   }
 }
 

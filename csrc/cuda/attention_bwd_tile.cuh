@@ -13,9 +13,12 @@ namespace bigkern {
 // What the launch adds to the problem.
 struct BackwardLaunch {
   int num_tiles;
-  bool vectorized;          // query, key, value and grad_out, as copy_rows says
-  float* query_sums;        // [tiles of queries, heads, elements of a tile], or none
-  int64_t num_query_tiles;  // of all entries of the batch
+  bool vectorized;  // query, key, value and grad_out, as copy_rows says
+  // Sums for dQ, if they are made by atomics: [heads, num_query_tiles, elements of a tile], tiles of block_q queries by
+  // warp_cols features for each of the warps.
+  float* query_sums;
+  int64_t num_query_tiles;
+  int block_q, warp_cols, warps;
 };
 
 // sums [16 kM, 8 kN] = left @ rows [row, row + 8 kN) of right, transposed. left(m, k): the left operand's step k.
