@@ -46,8 +46,8 @@ struct AttentionProblem {
   int32_t device_type = 0, device_index = 0;
   ScalarType dtype = ScalarType::Float;
   int64_t batch = 0, heads = 0, kv_heads = 0, head_dim = 0, value_dim = 0;
-  // Packed: where each entry begins, [batch + 1]. Else rows of every entry, of which the lengths [batch], if given,
-  // count.
+  // Packed: where each entry begins, [batch + 1], and rows in all. Else rows of every entry, of which the lengths
+  // [batch], if given, count.
   const int32_t *cu_seqlens_q = nullptr, *cu_seqlens_k = nullptr, *seqlens_q = nullptr, *seqlens_k = nullptr;
   int64_t q_rows = 0, k_rows = 0;
   int64_t max_q_len = 0, max_k_len = 0;  // no entry is longer
@@ -88,6 +88,17 @@ struct AttentionProblem {
     if (is_causal && end > i + 1) end = i + 1;
     if (window_right >= 0 && end > diagonal + window_right + 1) end = diagonal + window_right + 1;
     if (end < 0) end = 0;
+    return {begin < end ? begin : end, end};
+  }
+
+  // The queries that may meet a key of [j_begin, j_end), by causality and window.
+  C10_HOST_DEVICE ColumnRange queries_of(const AttentionSequence& s, int64_t j_begin, int64_t j_end) const {
+    const int64_t shift = s.k_len - s.q_len;  // query i is at i + shift among the keys
+    int64_t begin = is_causal ? j_begin : 0, end = s.q_len;
+    if (window_right >= 0 && window_right < j_begin - shift - begin) begin = j_begin - shift - window_right;
+    if (window_left >= 0 && window_left < s.k_len && end > j_end - shift + window_left) {
+      end = j_end - shift + window_left;
+    }
     return {begin < end ? begin : end, end};
   }
 };

@@ -172,6 +172,8 @@ class AttentionDoor {
       problem.batch = options_.cu_seqlens_q->size(0) - 1;
       problem.cu_seqlens_q = lengths("cu_seqlens_q", options_.cu_seqlens_q, problem.batch + 1);
       problem.cu_seqlens_k = lengths("cu_seqlens_k", options_.cu_seqlens_k, problem.batch + 1);
+      problem.q_rows = query_.size(0);
+      problem.k_rows = key_.size(0);
       problem.max_q_len = options_.max_seqlen_q;
       problem.max_k_len = options_.max_seqlen_k;
     } else {

@@ -58,7 +58,7 @@ __device__ void multiply_add(float (&sum)[4], const Fragment<T, 4>& a, const Fra
 template <class T, int kCols>
 __device__ void load_left(uint32_t (&raw)[4], SharedTile<T, kCols> tile, int row, int k) {
   const int lane = threadIdx.x % 32;
-  load_matrices(raw, tile.chunk(row + lane % 16, 2 * k + lane / 16));
+  load_matrices(raw, tile.chunk(row + lane % 16, 2 * k, lane / 16));
 }
 
 // The right operand, transposed in memory: rows [row, row + 16) are 16 columns of it, the last 8 from register 2 on.
@@ -66,7 +66,7 @@ template <class T, int kCols>
 __device__ Fragment<T, 4> load_right_t(SharedTile<T, kCols> tile, int row, int k) {
   const int lane = threadIdx.x % 32;
   uint32_t raw[4];
-  load_matrices(raw, tile.chunk(row + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
+  load_matrices(raw, tile.chunk(row + lane % 8 + lane / 16 * 8, 2 * k, lane / 8 % 2));
   return to_fragment<T>(raw);
 }
 
@@ -79,10 +79,10 @@ __device__ Fragment<T, 4> load_right(SharedTile<T, kCols> tile, int row, int col
   if constexpr (std::is_same_v<T, float>) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      raw[i] = __float_as_uint(*tile.at(row + lane % 4 * 2 + i % 2, col + lane / 4 + i / 2 * 8));
+      raw[i] = __float_as_uint(*tile.at(row + lane % 4 * 2 + i % 2, col + i / 2 * 8, lane / 4));
     }
   } else {
-    load_matrices_transposed(raw, tile.chunk(row + lane % 16, col / tile.kChunk + lane / 16));
+    load_matrices_transposed(raw, tile.chunk(row + lane % 16, col / tile.kChunk, lane / 16));
   }
   return to_fragment<T>(raw);
 }

@@ -85,6 +85,12 @@ __device__ void multiply_add(Sum (&d)[4], const uint32_t (&a)[4], uint32_t b0, u
 
 // ---- Arithmetic ----
 
+// x, of which the compiler knows nothing more: what is made of it isn't made ahead of a loop, to stay in registers.
+__device__ inline int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // Rounded to TF32, which has 10 bits after the first.
 __device__ inline uint32_t to_tf32(float x) {
   uint32_t y;

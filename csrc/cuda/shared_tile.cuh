@@ -14,8 +14,15 @@ struct SharedTile {
   static_assert(kChunks % 8 == 0);
   T* data;
 
-  __device__ T* chunk(int row, int c) const { return data + row * kCols + (c ^ row % 8) * kChunk; }
-  __device__ T* at(int row, int col) const { return chunk(row, col / kChunk) + col % kChunk; }
+  // Chunk c + lane_c, where lane_c is 0 or 1, then c even: what all lanes have in common stays apart from what they
+  // haven't, of which there are but 8 / 2 values to keep in registers, whatever c.
+  __device__ T* chunk(int row, int c, int lane_c = 0) const {
+    return data + row * kCols + (c / 8 * 8 + (c % 8 ^ (lane_c ^ row % 8))) * kChunk;
+  }
+  // Column col + lane_col, likewise: col is a multiple of 2 chunks, or lane_col within a chunk.
+  __device__ T* at(int row, int col, int lane_col = 0) const {
+    return chunk(row, col / kChunk, lane_col / kChunk) + (col + lane_col) % kChunk;
+  }
 };
 
 // Copies rows of `cols` elements, asynchronously if that can be done; the rest of each, and rows that aren't there,
