@@ -111,13 +111,12 @@ void attention_mask_grad(const AttentionBackwardProblem& backward) {
   const auto tiles = [](int64_t mask_size, int64_t size, int64_t block) {
     return mask_size == 1 ? 1 : ceil_div(size, block);
   };
+  BackwardLaunch l = launch_of(backward);
+  l.num_tiles = tiles(p.mask_cols, p.k_rows, MaskTiles::block_kv);
+  const int64_t num_blocks =
+      p.mask_batch * p.mask_heads * tiles(p.mask_rows, p.q_rows, MaskTiles::block_q) * l.num_tiles;
   ATTENTION_SWITCH(p, T, kDim, [&] {
-    constexpr MaskTiles kTiles = mask_tiles(kDim * sizeof(T));
-    BackwardLaunch l = launch_of(backward);
-    l.num_tiles = tiles(p.mask_cols, p.k_rows, kTiles.block_kv);
-    const int64_t num_blocks = p.mask_batch * p.mask_heads * tiles(p.mask_rows, p.q_rows, 16 * kTiles.warps);
-    launch_blocks(p, attention_mask_kernel<T, kDim>, num_blocks * l.num_tiles, 32 * kTiles.warps,
-                  mask_smem_bytes<T, kDim>(), backward, l);
+    launch_blocks(p, attention_mask_kernel<T>, num_blocks, 32 * MaskTiles::warps, mask_smem_bytes<T>(), backward, l);
   });
 }
 

@@ -21,13 +21,13 @@ template <class T, int kDim, bool kPlain>
 constexpr KeyTiles key_tiles() {
   if (sizeof(T) == 2) {
     switch (kDim) {
-      case 64: return kPlain ? KeyTiles{2, 4, 1, 64, 16, 2, false} : KeyTiles{1, 4, 1, 64, 32, 2, false};
+      case 64: return kPlain ? KeyTiles{2, 4, 1, 64, 16, 2, false} : KeyTiles{1, 4, 1, 64, 16, 2, false};
       case 128: return kPlain ? KeyTiles{1, 8, 1, 64, 16, 2, true} : KeyTiles{1, 4, 1, 64, 16, 2, false};
       default: return {1, 4, 2, 16, 16, 2, false};
     }
   }
   switch (kDim) {
-    case 64: return {1, 4, 1, 32, 32, 2, false};
+    case 64: return {1, 4, 1, 32, 16, 2, false};
     case 128: return {1, 4, 2, 16, 16, 2, false};
     default: return {1, 1, 4, 16, 16, 2, false};
   }
@@ -66,7 +66,7 @@ constexpr size_t key_smem_bytes() {
   constexpr KeyTiles kTiles = key_tiles<T, kDim, kPlain>();
   const int key_tensors = kTiles.value_in_registers ? 1 : 2;
   const size_t rows = key_tensors * kTiles.block_kv() + (kTiles.q_stages + 1) * kTiles.block_q;
-  return (rows * kDim + kTiles.block_kv() * kScoreCols<T>) * sizeof(T) + sizeof(QueryColumns<kTiles.block_q>);
+  return (rows * kDim + kTiles.block_kv() * kScoreCols<T>)*sizeof(T) + sizeof(QueryColumns<kTiles.block_q>);
 }
 
 // The left operand out of its transpose in memory: columns are rows [row, row + kStep), rows are columns [col, col +
@@ -86,8 +86,8 @@ __device__ Fragment<T, 4> load_left_t(SharedTile<T, kCols> tile, int row, int co
   return to_fragment<T>(raw);
 }
 
-// The random bits of a warp's 16 kM keys, from a multiple of 16 on, and 8 queries from i on, for a lane's of them. Lanes
-// of neighbouring keys draw for one query each and exchange.
+// The random bits of a warp's 16 kM keys, from a multiple of 16 on, and 8 queries from i on, for a lane's of them.
+// Lanes of neighbouring keys draw for one query each and exchange.
 template <int kM>
 struct DropoutColumns {
   uint32_t words[2][2 * kM];  // of the queries i + 2 (lane % 4) and the next, the keys lane / 4 + 8 n
@@ -95,10 +95,10 @@ struct DropoutColumns {
   DropoutColumns() = default;
   __device__ DropoutColumns(const AttentionProblem& p, int bh, int i, int j) {
     const int lane = threadIdx.x % 32, mine = lane / 4 % 2;
-    const uint4 drawn = philox({static_cast<uint32_t>(j / 32 * 4 + lane / 8),
-                                static_cast<uint32_t>(i + lane % 4 * 2 + mine), static_cast<uint32_t>(bh),
-                                p.philox_offset()},
-                               p.philox_seed());
+    const uint4 drawn =
+        philox({static_cast<uint32_t>(j / 32 * 4 + lane / 8), static_cast<uint32_t>(i + lane % 4 * 2 + mine),
+                static_cast<uint32_t>(bh), p.philox_offset()},
+               p.philox_seed());
 #pragma unroll
     for (int n = 0; n < 2 * kM; ++n) {
       const uint32_t low = n % 2 == 0 ? drawn.x : drawn.y, high = n % 2 == 0 ? drawn.z : drawn.w;
@@ -129,14 +129,16 @@ __device__ float* query_sums_of(const AttentionHead<T>& head, const BackwardLaun
 // atomic of a warp takes 128 bytes.
 __device__ inline int place_of_sum(const BackwardLaunch& launch, int row, int col) {
   const int tile_row = col / launch.warp_cols * (launch.block_q / 16) + row / 16;
-  const int register_of_lane = (tile_row * (launch.warp_cols / 8) + col % launch.warp_cols / 8) * 4 + row / 8 % 2 * 2 + col % 2;
+  const int register_of_lane =
+      (tile_row * (launch.warp_cols / 8) + col % launch.warp_cols / 8) * 4 + row / 8 % 2 * 2 + col % 2;
   return register_of_lane * 32 + row % 8 * 4 + col % 8 / 2;
 }
 
 // kPlain: as the forward's; scores are scaled products of keys that causality and window select; scale is positive.
 template <class T, int kDim, bool kPlain>
 __global__ void __launch_bounds__(32 * key_tiles<T, kDim, kPlain>().warps())
-    attention_keys_kernel(const __grid_constant__ AttentionProblem p, const __grid_constant__ AttentionBackwardProblem g,
+    attention_keys_kernel(const __grid_constant__ AttentionProblem p,
+                          const __grid_constant__ AttentionBackwardProblem g,
                           const __grid_constant__ BackwardLaunch launch) {
   constexpr KeyTiles kTiles = key_tiles<T, kDim, kPlain>();
   constexpr int kM = kTiles.row_tiles, kWarpKeys = 16 * kM, BLOCK_KV = kTiles.block_kv();
@@ -226,13 +228,13 @@ __global__ void __launch_bounds__(32 * key_tiles<T, kDim, kPlain>().warps())
 #pragma unroll 1
     for (int q = 0; q < BLOCK_Q; q += SUB_Q) {
       // S^T = K @ Q^T,  dP^T = V @ dO^T  [kWarpKeys, SUB_Q]
-      float s[kM][kN][4], ds[kM][kN][4];
-      multiply_rows(s, k_smem, first_key, queries_smem, q);
+      float s[kM][kN][4] = {}, ds[kM][kN][4] = {};
+      add_product_t(s, k_smem, first_key, queries_smem, q);
       if constexpr (kTiles.value_in_registers) {
         const auto value = [&](int m, int k) { return to_fragment<T>(v_reg[m][k]); };
-        multiply_rows(ds, value, grad_out_smem, q);
+        add_product_t(ds, value, grad_out_smem, q);
       } else {
-        multiply_rows(ds, v_smem, first_key, grad_out_smem, q);
+        add_product_t(ds, v_smem, first_key, grad_out_smem, q);
       }
 
       // P^T = exp(S^T - row_max) / row_sum,  dS^T = P^T * (dP^T - delta)
@@ -356,8 +358,10 @@ __global__ void __launch_bounds__(32 * key_tiles<T, kDim, kPlain>().warps())
 #pragma unroll
         for (int second = 0; second < 2; ++second) {
           const int col = first_feature + 8 * d + lane % 4 * 2 + second, c = 2 * half + second;
-          if (col < p.head_dim) k_row[col * g.grad_key.col] = static_cast<T>(grad_k[m][d][c] * differentiate.score.scale);
-          if (col < p.value_dim) v_row[col * g.grad_value.col] = static_cast<T>(grad_v[m][d][c] * differentiate.keep_scale);
+          if (col < p.head_dim)
+            k_row[col * g.grad_key.col] = static_cast<T>(grad_k[m][d][c] * differentiate.score.scale);
+          if (col < p.value_dim)
+            v_row[col * g.grad_value.col] = static_cast<T>(grad_v[m][d][c] * differentiate.keep_scale);
         }
       }
     }

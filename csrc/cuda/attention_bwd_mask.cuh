@@ -5,23 +5,21 @@
 
 namespace bigkern {
 
-// By the bytes of a row of kDim elements. A warp has 16 queries. At most 96 kB of shared memory.
+// A warp has 16 queries. Products are summed up over so many features at a time.
 struct MaskTiles {
-  int warps, block_kv;
+  static constexpr int warps = 4, block_q = 16 * warps, block_kv = 32, features = 64;
 };
-constexpr MaskTiles mask_tiles(int row_bytes) {
-  switch (row_bytes) {
-    case 128: return {4, 64};
-    case 256: return {4, 64};
-    case 512: return {4, 32};
-    default: return {2, 16};
-  }
+
+template <class T>
+constexpr size_t mask_smem_bytes() {
+  constexpr size_t kRows = MaskTiles::block_q + MaskTiles::block_kv;
+  return std::max(kRows * MaskTiles::features * sizeof(T), MaskTiles::block_q * MaskTiles::block_kv * sizeof(double));
 }
 
-template <class T, int kDim>
-constexpr size_t mask_smem_bytes() {
-  constexpr MaskTiles kTiles = mask_tiles(kDim * sizeof(T));
-  return 2 * (16 * kTiles.warps + kTiles.block_kv) * kDim * sizeof(T);
+// The columns from `col` on.
+template <class T>
+__device__ AnyStrided columns_from(const AnyStrided& tensor, int col) {
+  return {static_cast<T*>(tensor.data) + col * tensor.col, tensor.batch, tensor.head, tensor.row, tensor.col};
 }
 
 // A long sum in float32, with what its roundings lost: Kahan 1965.
@@ -44,13 +42,13 @@ __device__ inline void store_mask_grad(const AttentionProblem& p, const AnyStrid
   }
 }
 
-template <class T, int kDim>
-__global__ void __launch_bounds__(32 * mask_tiles(kDim * sizeof(T)).warps)
-    attention_mask_kernel(const __grid_constant__ AttentionProblem p, const __grid_constant__ AttentionBackwardProblem g,
+template <class T>
+__global__ void __launch_bounds__(32 * MaskTiles::warps)
+    attention_mask_kernel(const __grid_constant__ AttentionProblem p,
+                          const __grid_constant__ AttentionBackwardProblem g,
                           const __grid_constant__ BackwardLaunch launch) {
-  constexpr MaskTiles kTiles = mask_tiles(kDim * sizeof(T));
-  constexpr int BLOCK_Q = 16 * kTiles.warps, BLOCK_KV = kTiles.block_kv, kN = BLOCK_KV / 8;
-  using Tile = SharedTile<T, kDim>;
+  constexpr int BLOCK_Q = MaskTiles::block_q, BLOCK_KV = MaskTiles::block_kv, kN = BLOCK_KV / 8;
+  constexpr int kFeatures = MaskTiles::features;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
   // What the tile's elements, from (mask_b, mask_h, mask_i, mask_j) on, are broadcast to.
@@ -65,8 +63,8 @@ __global__ void __launch_bounds__(32 * mask_tiles(kDim * sizeof(T)).warps)
   const int end_b = p.mask_batch == 1 ? p.batch : mask_b + 1, end_h = p.mask_heads == 1 ? p.heads : mask_h + 1;
 
   extern __shared__ __align__(128) unsigned char smem[];
-  const Tile q_smem{reinterpret_cast<T*>(smem)}, grad_out_smem{q_smem.data + BLOCK_Q * kDim};        // [BLOCK_Q, kDim]
-  const Tile k_smem{grad_out_smem.data + BLOCK_Q * kDim}, v_smem{k_smem.data + BLOCK_KV * kDim};     // [BLOCK_KV, kDim]
+  const SharedTile<T, kFeatures> left_smem{reinterpret_cast<T*>(smem)};             // [BLOCK_Q, kFeatures]
+  const SharedTile<T, kFeatures> right_smem{left_smem.data + BLOCK_Q * kFeatures};  // [BLOCK_KV, kFeatures]
   CompensatedSum sums[kN][4];
 
   for (int bh = mask_b * static_cast<int>(p.heads) + mask_h;;) {
@@ -82,25 +80,28 @@ __global__ void __launch_bounds__(32 * mask_tiles(kDim * sizeof(T)).warps)
       const int end_j = min(last, shares_cols ? k_len : mask_j + BLOCK_KV);
       if (begin_j >= end_j) continue;
 
-      const auto copy_rows_of = [&](Tile tile, const AnyStrided& tensor, int cols) {
-        const auto row_at = [&](int r) { return r < num_rows ? head.query_row(tensor, h, i + r) : nullptr; };
-        copy_rows(tile, BLOCK_Q, row_at, cols, tensor.col, launch.vectorized, static_cast<const T*>(p.query.data));
+      // products [16, BLOCK_KV] += rows of queries from i on @ rows of keys from j on, transposed
+      const auto add_products = [&](float (&products)[1][kN][4], const AnyStrided& left, const AnyStrided& right,
+                                    int cols, int j) {
+        for (int col = 0; col < cols; col += kFeatures) {
+          const AnyStrided rows = columns_from<T>(left, col);
+          const auto row_at = [&](int r) { return r < num_rows ? head.query_row(rows, h, i + r) : nullptr; };
+          __syncthreads();  // all warps are done with the tiles before
+          copy_rows(left_smem, BLOCK_Q, row_at, cols - col, left.col, launch.vectorized, row_at(0));
+          copy_keys(right_smem, BLOCK_KV, head, columns_from<T>(right, col), cols - col, j, launch.vectorized);
+          commit_copies();
+          wait_for_copies<0>();
+          __syncthreads();
+          add_product_t(products, left_smem, warp * 16, right_smem, 0);
+        }
       };
-      __syncthreads();  // all warps are done with the tiles before
-      copy_rows_of(q_smem, p.query, p.head_dim);
-      copy_rows_of(grad_out_smem, g.grad_out, p.value_dim);
-      const QueryScores<false, true, T, kDim, kN> scores(head, g.delta, i + warp * 16);
-
+      const QueryScores<false, true, T> differentiate(head, g.delta, i + warp * 16);
       for (int j = begin_j; j < end_j; j += BLOCK_KV) {
-        if (j > begin_j) __syncthreads();
-        copy_keys(k_smem, BLOCK_KV, head, p.key, p.head_dim, j, launch.vectorized);
-        copy_keys(v_smem, BLOCK_KV, head, p.value, p.value_dim, j, launch.vectorized);
-        commit_copies();
-        wait_for_copies<0>();
-        __syncthreads();
-
-        float s[1][kN][4], ds[1][kN][4];
-        scores(s, ds, q_smem, grad_out_smem, warp * 16, k_smem, v_smem, j);
+        // S = Q @ K^T,  dP = dO @ V^T  [16, BLOCK_KV]
+        float s[1][kN][4] = {}, ds[1][kN][4] = {};
+        add_products(s, p.query, p.key, p.head_dim, j);
+        add_products(ds, g.grad_out, p.value, p.value_dim, j);
+        differentiate(s, ds, j);
 #pragma unroll
         for (int n = 0; n < kN; ++n) {
 #pragma unroll

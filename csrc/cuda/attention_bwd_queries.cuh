@@ -11,7 +11,7 @@ struct QueryTiles {
 };
 constexpr QueryTiles query_tiles(int row_bytes) {
   switch (row_bytes) {
-    case 128: return {4, 64, 2};
+    case 128: return {4, 32, 2};
     case 256: return {4, 32, 2};
     case 512: return {4, 16, 2};
     default: return {2, 16, 1};
@@ -24,10 +24,9 @@ constexpr size_t query_smem_bytes() {
   return (2 * 16 * kTiles.warps + 2 * kTiles.stages * kTiles.block_kv) * kDim * sizeof(T);
 }
 
-// P and dS of a warp's 16 queries and BLOCK_KV keys from j on.
-template <bool kPlain, bool kOfMask, class T, int kDim, int kN>
+// From products to gradients, for a warp's 16 queries.
+template <bool kPlain, bool kOfMask, class T>
 struct QueryScores {
-  static constexpr int BLOCK_KV = 8 * kN;
   const AttentionHead<T>& head;
   ScoreGradient<kPlain, kOfMask> differentiate;
   AttentionRow row[2];
@@ -44,28 +43,21 @@ struct QueryScores {
     }
   }
 
-  __device__ void operator()(float (&s)[1][kN][4], float (&ds)[1][kN][4], SharedTile<T, kDim> q_smem,
-                             SharedTile<T, kDim> grad_out_smem, int first_row, SharedTile<T, kDim> k_smem,
-                             SharedTile<T, kDim> v_smem, int j) const {
-    const int lane = threadIdx.x % 32;
+  // P = exp(S - row_max) / row_sum,  dS = P * (dP - delta), of the keys from j on: in place of S and dP.
+  template <int kN>
+  __device__ void operator()(float (&s)[1][kN][4], float (&ds)[1][kN][4], int j) const {
     const AttentionProblem& p = head.p;
-
-    // S = Q @ K^T,  dP = dO @ V^T  [16, BLOCK_KV]
-    multiply_rows(s, q_smem, first_row, k_smem, 0);
-    multiply_rows(ds, grad_out_smem, first_row, v_smem, 0);
-
-    // P = exp(S - row_max) / row_sum,  dS = P * (dP - delta)
+    const bool has_dropout = !kPlain && p.dropout_threshold > 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      [[maybe_unused]] DropoutWords words;
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
-        [[maybe_unused]] DropoutWords words;
-        const bool has_dropout = !kPlain && p.dropout_threshold > 0;
-        if (has_dropout && (n % 4 == 0)) words = {p, head.b, row[half], j + 8 * n};
+        if (has_dropout && n % 4 == 0) words = {p, head.b, row[half], j + 8 * n};
 #pragma unroll
         for (int c = 2 * half; c < 2 * half + 2; ++c) {
           const bool keeps = !has_dropout || words.keeps((j / 8 + n) % 4, c % 2, p.dropout_threshold);
-          const int key = j + 8 * n + lane % 4 * 2 + c % 2;
+          const int key = j + 8 * n + threadIdx.x % 4 * 2 + c % 2;
           differentiate(stats[half], row[half], key, keeps, s[0][n][c], ds[0][n][c]);
           if (kPlain && (key < stats[half].key_begin || key >= stats[half].key_end)) ds[0][n][c] = 0.f;
         }
@@ -111,7 +103,8 @@ __global__ void __launch_bounds__(32 * query_tiles(kDim * sizeof(T)).warps)
   copy_rows_of(grad_out_smem, g.grad_out, p.value_dim);
   copy_tile(begin, 0);
 
-  const QueryScores<kPlain, false, T, kDim, kN> scores(head, g.delta, i + warp * 16);
+  const QueryScores<kPlain, false, T> differentiate(head, g.delta, i + warp * 16);
+  const float scale = static_cast<float>(p.scale);
   float grad_q[1][kD][4] = {};
   for (int j = begin, stage = 0; j < end; j += BLOCK_KV) {
     // The tile has come, and all warps are done with the one before.
@@ -119,8 +112,11 @@ __global__ void __launch_bounds__(32 * query_tiles(kDim * sizeof(T)).warps)
     __syncthreads();
     if (kTiles.stages == 2) copy_tile(j + BLOCK_KV, stage ^ 1);
 
-    float s[1][kN][4], ds[1][kN][4];
-    scores(s, ds, q_smem, grad_out_smem, warp * 16, k_smem(stage), v_smem(stage), j);
+    // S = Q @ K^T,  dP = dO @ V^T  [16, BLOCK_KV]
+    float s[1][kN][4] = {}, ds[1][kN][4] = {};
+    add_product_t(s, q_smem, warp * 16, k_smem(stage), 0);
+    add_product_t(ds, grad_out_smem, warp * 16, v_smem(stage), 0);
+    differentiate(s, ds, j);
 
     // dQ += dS @ K  [16, kDim]
     add_product(grad_q, ds, k_smem(stage), 0, 0);
@@ -145,7 +141,7 @@ __global__ void __launch_bounds__(32 * query_tiles(kDim * sizeof(T)).warps)
       for (int second = 0; second < 2; ++second) {
         const int col = 8 * d + lane % 4 * 2 + second;
         if (col < p.head_dim) {
-          to[col * g.grad_query.col] = static_cast<T>(grad_q[0][d][2 * half + second] * scores.differentiate.score.scale);
+          to[col * g.grad_query.col] = static_cast<T>(grad_q[0][d][2 * half + second] * scale);
         }
       }
     }

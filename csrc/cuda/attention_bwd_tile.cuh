@@ -21,18 +21,10 @@ struct BackwardLaunch {
   int block_q, warp_cols, warps;
 };
 
-// sums [16 kM, 8 kN] = left @ rows [row, row + 8 kN) of right, transposed. left(m, k): the left operand's step k.
+// sums [16 kM, 8 kN] += left @ rows [row, row + 8 kN) of right, transposed. left(m, k): the left operand's step k.
 template <class T, int kCols, int kM, int kN, class Left>
-__device__ void multiply_rows(float (&sums)[kM][kN][4], const Left& left, SharedTile<T, kCols> right, int row) {
-#pragma unroll
-  for (int m = 0; m < kM; ++m) {
-#pragma unroll
-    for (int n = 0; n < kN; ++n) {
-#pragma unroll
-      for (int c = 0; c < 4; ++c) sums[m][n][c] = 0.f;
-    }
-  }
-#pragma unroll
+__device__ void add_product_t(float (&sums)[kM][kN][4], const Left& left, SharedTile<T, kCols> right, int row) {
+#pragma unroll 8
   for (int k = 0; k < kCols / kStep<T>; ++k) {
     Fragment<T, 4> a[kM];
 #pragma unroll
@@ -51,14 +43,14 @@ __device__ void multiply_rows(float (&sums)[kM][kN][4], const Left& left, Shared
 
 // The same with the rows [left_row, left_row + 16 kM) of a tile on the left.
 template <class T, int kCols, int kM, int kN>
-__device__ void multiply_rows(float (&sums)[kM][kN][4], SharedTile<T, kCols> left, int left_row,
+__device__ void add_product_t(float (&sums)[kM][kN][4], SharedTile<T, kCols> left, int left_row,
                               SharedTile<T, kCols> right, int row) {
   const auto load = [&](int m, int k) {
     uint32_t raw[4];
     load_left(raw, left, left_row + m * 16, k);
     return to_fragment<T>(raw);
   };
-  multiply_rows(sums, load, right, row);
+  add_product_t(sums, load, right, row);
 }
 
 // sums [16 kM, 8 kD] += weights [16 kM, 8 kN] @ rows [row, row + 8 kN) of right, columns [col, col + 8 kD).
