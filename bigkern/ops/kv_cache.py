@@ -69,10 +69,14 @@ class KVCache:
                 tokens than there is room for. Nothing is changed then.
             RuntimeError: `k_new` or `v_new` requires grad.
         """
-        B, H, capacity, E = self.keys.shape
         L = k_new.size(2) if k_new.dim() == 4 else "L"
-        self._check("k_new", k_new, [B, H, L, E])
-        self._check("v_new", v_new, [B, H, L, self.values.size(3)])
+        self._append(k_new, v_new, L, lengths)
+
+    def _append(self, k_new: Tensor, v_new: Tensor, L: int | str, lengths: Tensor | None) -> None:
+        """:meth:`append` of L tokens."""
+        B, H, capacity, E = self.keys.shape
+        self._check("k_new", k_new, (B, H, L, E))
+        self._check("v_new", v_new, (B, H, L, self.values.size(3)))
         longest, all_equal = self.longest + L, self.all_equal
         if lengths is not None:
             self._check_integers("lengths", lengths)
@@ -87,17 +91,21 @@ class KVCache:
 
         for buffer, new in ((self.keys, k_new), (self.values, v_new)):
             self._write(buffer, new, lengths)
-        self.lengths += L if lengths is None else lengths
+        if lengths is None and all_equal:
+            self.lengths.fill_(longest)  # a quarter of the time that adding takes
+        else:
+            self.lengths += L if lengths is None else lengths
         self.longest, self.all_equal = longest, all_equal
 
-    def _check(self, name: str, x: Tensor, shape: list) -> None:
-        if list(x.shape) != shape:
+    def _check(self, name: str, x: Tensor, shape: tuple) -> None:
+        keys = self.keys
+        if x.shape != shape:
             wanted = ", ".join(map(str, shape))
             raise ValueError(f"{name} must have shape [{wanted}], got {list(x.shape)}")
-        for what in ("dtype", "device"):
-            wanted, got = getattr(self.keys, what), getattr(x, what)
-            if wanted != got:
-                raise ValueError(f"{name} must have {what} {wanted}, the cache's, got {got}")
+        if x.dtype != keys.dtype or x.device != keys.device:
+            what = "dtype" if x.dtype != keys.dtype else "device"
+            wanted, got = getattr(keys, what), getattr(x, what)
+            raise ValueError(f"{name} must have {what} {wanted}, the cache's, got {got}")
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
                 f"KVCache is for inference, but {name} requires grad; use torch.no_grad()"
@@ -115,8 +123,10 @@ class KVCache:
         B, _, L, _ = new.shape
         if self.all_equal:
             # With the tokens that don't count: they lie beyond the lengths, if there is room.
-            L = min(L, self.capacity - self.longest)
-            buffer.narrow(2, self.longest, L).copy_(new.narrow(2, 0, L))
+            room = self.capacity - self.longest
+            if L > room:
+                L, new = room, new.narrow(2, 0, room)
+            buffer.narrow(2, self.longest, L).copy_(new)
             return
         batch = torch.arange(B, device=new.device).unsqueeze(1)  # [B, 1]
         token = torch.arange(L, device=new.device)
@@ -183,15 +193,14 @@ def attention_with_cache(
     """
     B, Hkv, _, E = cache.keys.shape
     H, L = query.shape[1:3] if query.dim() == 4 else ("H", "L")
-    cache._check("query", query, [B, f"a multiple of {Hkv}" if H == "H" or H % Hkv else H, L, E])
-    cache._check("k_new", k_new, [B, Hkv, L, E])
+    cache._check("query", query, (B, f"a multiple of {Hkv}" if H == "H" or H % Hkv else H, L, E))
     left, right = _bounds(window)
     if right not in (-1, 0):
         raise ValueError(f"window must be (left, 0), since attention is causal, got {window}")
     options = _options(E, 0.0, False, scale, (left, 0), softcap)
     _check_slopes(alibi_slopes, query.device, B, H)
     ops = backends.select("attention", query.device.type)
-    cache.append(k_new, v_new, lengths)
+    cache._append(k_new, v_new, L, lengths)
     out, _, _ = ops.attention.default(
         query,
         cache.keys,

@@ -125,7 +125,7 @@ BackwardResult attention_backward_op(Tensor grad_out, OptionalTensor grad_lse, T
   AttentionBackwardProblem backward{&problem};
   backward.grad_out = strided(grad_out, is_packed);
   if (grad_lse) backward.grad_lse = strided_stats(*grad_lse, is_packed);
-  const Tensor delta = torch::stable::new_empty(query, door.stats_sizes(), accumulated);
+  const Tensor delta = door.empty_stats();
   backward.delta = strided_stats(delta, is_packed);
   Tensor grad_query = empty_like_attention(query, problem.head_dim);
   Tensor grad_key = empty_like_attention(key, problem.head_dim);
