@@ -83,11 +83,10 @@ def select(op: str, device_type: str) -> ModuleType:
     Raises NotImplementedError, naming what is available, where the forced backend, or any, lacks
     the op.
     """
+    for backend, devices in _available[op].items():
+        if device_type in devices and (_forced is None or _forced == backend):
+            return getattr(torch.ops, NAMESPACES[backend])
     candidates = available(op, device_type)
-    if _forced is None and candidates:
-        return getattr(torch.ops, NAMESPACES[candidates[0]])
-    if _forced in candidates:
-        return getattr(torch.ops, NAMESPACES[_forced])
     wanted = f"{_forced} backend" if _forced else "backend"
     hint = "; see `bigkern info`" if device_type == "cuda" and libraries.problems["_C_cuda"] else ""
     raise NotImplementedError(
