@@ -115,8 +115,8 @@ __global__ void __launch_bounds__(32 * query_tiles(kDim * sizeof(T)).warps)
 
     // S = Q @ K^T,  dP = dO @ V^T  [16, BLOCK_KV]
     float s[1][kN][4] = {}, ds[1][kN][4] = {};
-    add_product_t(s, q_smem, warp * 16, k_smem(stage), 0);
-    add_product_t(ds, grad_out_smem, warp * 16, v_smem(stage), 0);
+    add_scores(s, LeftRows<T, kDim>{q_smem, warp * 16}, k_smem(stage), ds, LeftRows<T, kDim>{grad_out_smem, warp * 16},
+               v_smem(stage), 0);
     differentiate(s, ds, j);
 
     // dQ += dS @ K  [16, kDim]
