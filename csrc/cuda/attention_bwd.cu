@@ -62,11 +62,12 @@ void launch_backward(const AttentionProblem& p, const AttentionBackwardProblem& 
   Tensor sums;
   if (!g.deterministic) {
     l.block_q = kKeyTiles.block_q;
-    l.warps = kKeyTiles.warps();
-    l.warp_cols = kDim / l.warps;
-    l.num_query_tiles = p.cu_seqlens_q != nullptr ? p.q_rows / l.block_q + p.batch
-                                                  : p.batch * ceil_div<int64_t>(p.max_q_len, l.block_q);
-    sums = new_scratch(p.heads * l.num_query_tiles * l.block_q * kDim, ScalarType::Float, device_of(p));
+    l.warp_cols = kDim / kKeyTiles.warps();
+    l.query_tile_size = l.block_q * kDim;
+    l.query_tiles_of_entry = ceil_div<int64_t>(p.max_q_len, l.block_q);
+    // Packed, each entry begins a tile of its own.
+    l.num_query_tiles = p.cu_seqlens_q != nullptr ? p.q_rows / l.block_q + p.batch : p.batch * l.query_tiles_of_entry;
+    sums = new_scratch(p.heads * l.num_query_tiles * l.query_tile_size, ScalarType::Float, device_of(p));
     torch::stable::zero_(sums);
     l.query_sums = static_cast<float*>(sums.data_ptr());
   }

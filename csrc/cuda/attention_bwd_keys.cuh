@@ -11,7 +11,7 @@ namespace bigkern {
 // By the bytes of a row of kDim elements. feature_warps warps hold the same keys, and of the sums a part of the
 // features each, which would be too many for one. At most 98 kB of shared memory.
 struct KeyTiles {
-  int row_tiles, key_warps, feature_warps, block_q, sub_q, q_stages;
+  int row_tiles, key_warps, feature_warps, block_q, sub_q;
   bool value_in_registers;
 
   constexpr int warps() const { return key_warps * feature_warps; }
@@ -21,17 +21,19 @@ template <class T, int kDim, bool kPlain>
 constexpr KeyTiles key_tiles() {
   if (sizeof(T) == 2) {
     switch (kDim) {
-      case 64: return kPlain ? KeyTiles{2, 4, 1, 64, 16, 2, false} : KeyTiles{1, 4, 1, 64, 16, 2, false};
-      case 128: return kPlain ? KeyTiles{1, 8, 1, 64, 16, 2, true} : KeyTiles{1, 4, 1, 64, 16, 2, false};
-      default: return {1, 4, 2, 16, 16, 2, false};
+      case 64: return kPlain ? KeyTiles{2, 4, 1, 64, 16, false} : KeyTiles{1, 4, 1, 64, 16, false};
+      case 128: return kPlain ? KeyTiles{1, 8, 1, 64, 16, true} : KeyTiles{1, 4, 1, 64, 16, false};
+      default: return {1, 4, 2, 16, 16, false};
     }
   }
   switch (kDim) {
-    case 64: return {1, 4, 1, 32, 16, 2, false};
-    case 128: return {1, 4, 2, 16, 16, 2, false};
-    default: return {1, 1, 4, 16, 16, 2, false};
+    case 64: return {1, 4, 1, 32, 16, false};
+    case 128: return {1, 4, 2, 16, 16, false};
+    default: return {1, 1, 4, 16, 16, false};
   }
 }
+
+constexpr int kQueryStages = 2;
 
 // A tile of dS^T has as many queries as fill the 128 bytes of a row.
 template <class T>
@@ -65,7 +67,7 @@ template <class T, int kDim, bool kPlain>
 constexpr size_t key_smem_bytes() {
   constexpr KeyTiles kTiles = key_tiles<T, kDim, kPlain>();
   const int key_tensors = kTiles.value_in_registers ? 1 : 2;
-  const size_t rows = key_tensors * kTiles.block_kv() + (kTiles.q_stages + 1) * kTiles.block_q;
+  const size_t rows = key_tensors * kTiles.block_kv() + (kQueryStages + 1) * kTiles.block_q;
   return (rows * kDim + kTiles.block_kv() * kScoreCols<T>)*sizeof(T) + sizeof(QueryColumns<kTiles.block_q>);
 }
 
@@ -117,12 +119,10 @@ struct DropoutColumns {
 
 // Where a tile of dQ is summed up.
 template <class T>
-__device__ float* query_sums_of(const AttentionHead<T>& head, const BackwardLaunch& launch, int64_t h, int64_t i) {
-  const AttentionProblem& p = head.p;
-  const int64_t first = p.cu_seqlens_q != nullptr ? head.sequence.q_begin / launch.block_q + head.b
-                                                  : head.b * ceil_div<int64_t>(p.max_q_len, launch.block_q);
-  const int64_t tile = h * launch.num_query_tiles + first + i / launch.block_q;
-  return launch.query_sums + tile * launch.block_q * launch.warp_cols * launch.warps;
+__device__ float* query_sums_of(const AttentionHead<T>& head, const BackwardLaunch& launch, int h, int i, int block_q) {
+  const int first = head.p.cu_seqlens_q != nullptr ? static_cast<int>(head.sequence.q_begin) / block_q + head.b
+                                                   : head.b * launch.query_tiles_of_entry;
+  return launch.query_sums + (h * launch.num_query_tiles + first + i / block_q) * launch.query_tile_size;
 }
 
 // And an element of it: they lie in the order of the registers that hold them, 32 lanes side by side, so that each
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(32 * key_tiles<T, kDim, kPlain>().warps())
                           const __grid_constant__ BackwardLaunch launch) {
   constexpr KeyTiles kTiles = key_tiles<T, kDim, kPlain>();
   constexpr int kM = kTiles.row_tiles, kWarpKeys = 16 * kM, BLOCK_KV = kTiles.block_kv();
-  constexpr int BLOCK_Q = kTiles.block_q, SUB_Q = kTiles.sub_q, kN = SUB_Q / 8, kStages = kTiles.q_stages;
+  constexpr int BLOCK_Q = kTiles.block_q, SUB_Q = kTiles.sub_q, kN = SUB_Q / 8;
   constexpr int kFeatures = kDim / kTiles.feature_warps, kD = kFeatures / 8, kDimSteps = kDim / kStep<T>;
   constexpr int kThreads = 32 * kTiles.warps();
   using Tile = SharedTile<T, kDim>;
@@ -150,19 +150,25 @@ __global__ void __launch_bounds__(32 * key_tiles<T, kDim, kPlain>().warps())
   const int first_key = warp / kTiles.feature_warps * kWarpKeys;  // of the warp, in the tile
   const int first_feature = warp % kTiles.feature_warps * kFeatures;
 
-  const int block = blockIdx.x, j = block % launch.num_tiles * BLOCK_KV;
-  const int kv_head = block / launch.num_tiles % p.kv_heads;
-  AttentionHead<T> head(p, block / launch.num_tiles / p.kv_heads, kv_head * p.group());
+  const auto head_of = [&](int block) {
+    const int b = block / launch.num_tiles / p.kv_heads, kv_head = block / launch.num_tiles % p.kv_heads;
+    return AttentionHead<T>(p, b, kv_head * p.group());
+  };
+  AttentionHead<T> head = head_of(blockIdx.x);
+  const int j = blockIdx.x % launch.num_tiles * BLOCK_KV;
   const AttentionSequence& sequence = head.sequence;
   if (j >= sequence.k_len) return;
 
-  // Each step is a tile of queries of one of the heads that share the keys.
+  // All tiles of queries that meet the keys, for each of the heads that share them.
   const ColumnRange queries = p.queries_of(sequence, j, min(j + BLOCK_KV, static_cast<int>(sequence.k_len)));
-  const int i_begin = static_cast<int>(queries.begin) / BLOCK_Q * BLOCK_Q;
-  const int num_tiles = queries.begin < queries.end ? ceil_div<int>(queries.end - i_begin, BLOCK_Q) : 0;
-  const int num_steps = num_tiles * p.group();
-  const auto head_of = [&](int step) { return head.h + step / num_tiles; };
-  const auto query_of = [&](int step) { return i_begin + step % num_tiles * BLOCK_Q; };
+  const int i_begin = static_cast<int>(queries.begin) / BLOCK_Q * BLOCK_Q, i_end = queries.end;
+  const int h_end = queries.begin < queries.end ? head.h + static_cast<int>(p.group()) : head.h;
+  struct QueryTile {
+    int h, i;
+  };
+  const auto next_of = [&](QueryTile t) {
+    return t.i + BLOCK_Q < i_end ? QueryTile{t.h, t.i + BLOCK_Q} : QueryTile{t.h + 1, i_begin};
+  };
 
   extern __shared__ __align__(128) unsigned char smem[];
   const Tile k_smem{reinterpret_cast<T*>(smem)};  // [BLOCK_KV, kDim]
@@ -170,22 +176,20 @@ __global__ void __launch_bounds__(32 * key_tiles<T, kDim, kPlain>().warps())
   const Tile v_smem{place};  // [BLOCK_KV, kDim]
   if (!kTiles.value_in_registers) place += BLOCK_KV * kDim;
   const auto q_smem = [&](int stage) { return Tile{place + stage * BLOCK_Q * kDim}; };  // [BLOCK_Q, kDim] each
-  const Tile grad_out_smem = q_smem(kStages);                                           // [BLOCK_Q, kDim]
-  const SharedTile<T, kScoreCols<T>> ds_smem{q_smem(kStages + 1).data};                 // dS^T [BLOCK_KV, BLOCK_Q]
+  const Tile grad_out_smem = q_smem(kQueryStages);                                      // [BLOCK_Q, kDim]
+  const SharedTile<T, kScoreCols<T>> ds_smem{q_smem(kQueryStages + 1).data};            // dS^T [BLOCK_KV, BLOCK_Q]
   auto& columns = *reinterpret_cast<QueryColumns<BLOCK_Q>*>(ds_smem.data + BLOCK_KV * kScoreCols<T>);
 
   const T* const any = static_cast<const T*>(p.query.data);
-  const auto copy_tile = [&](Tile tile, const AnyStrided& tensor, int cols, int step) {
-    if (step >= num_steps) return;
-    const int h = head_of(step), i = query_of(step), num_queries = sequence.q_len - i;
-    const auto row_at = [&](int r) { return r < num_queries ? head.query_row(tensor, h, i + r) : nullptr; };
+  const auto copy_tile = [&](Tile tile, const AnyStrided& tensor, int cols, QueryTile t) {
+    if (t.h >= h_end) return;
+    const int num_queries = sequence.q_len - t.i;
+    const auto row_at = [&](int r) { return r < num_queries ? head.query_row(tensor, t.h, t.i + r) : nullptr; };
     copy_rows(tile, BLOCK_Q, row_at, cols, tensor.col, launch.vectorized, any);
   };
-  const auto copy_query = [&](int step) { copy_tile(q_smem(step % kStages), p.query, p.head_dim, step); };
-  const auto copy_grad_out = [&](int step) { copy_tile(grad_out_smem, g.grad_out, p.value_dim, step); };
-  const auto load_stats = [&](int step) {
-    if (step >= num_steps || threadIdx.x >= BLOCK_Q) return QueryStats();
-    return QueryStats::load<kPlain>(head, g.delta, head_of(step), query_of(step) + threadIdx.x);
+  const auto load_stats = [&](QueryTile t) {
+    if (t.h >= h_end || threadIdx.x >= BLOCK_Q) return QueryStats();
+    return QueryStats::load<kPlain>(head, g.delta, t.h, t.i + threadIdx.x);
   };
   static_assert(kThreads >= BLOCK_Q);
 
@@ -203,47 +207,45 @@ __global__ void __launch_bounds__(32 * key_tiles<T, kDim, kPlain>().warps())
     }
     __syncthreads();
   }
-  copy_query(0);
-  copy_grad_out(0);
+  QueryTile tile{head.h, i_begin};
+  copy_tile(q_smem(0), p.query, p.head_dim, tile);
+  copy_tile(grad_out_smem, g.grad_out, p.value_dim, tile);
   commit_copies();
-  if (threadIdx.x < BLOCK_Q) columns.put(threadIdx.x, load_stats(0));
+  if (threadIdx.x < BLOCK_Q) columns.put(threadIdx.x, load_stats(tile));
 
   const ScoreGradient<kPlain, false> differentiate(p);
   float grad_k[kM][kD][4] = {}, grad_v[kM][kD][4] = {};
 
-  for (int step = 0; step < num_steps; ++step) {
+  for (int stage = 0; tile.h < h_end; stage ^= 1, tile = next_of(tile)) {
     // The tiles have come, and all warps are done with those before.
     wait_for_copies<0>();
     __syncthreads();
     head.b = opaque(head.b);
-    if (kStages == 2) {
-      copy_query(step + 1);
-      commit_copies();
-    }
-    const int h = head_of(step), i = query_of(step);
-    const Tile queries_smem = q_smem(step % kStages);
+    copy_tile(q_smem(stage ^ 1), p.query, p.head_dim, next_of(tile));
+    commit_copies();
+    const Tile queries_smem = q_smem(stage);
     AttentionRow row;
-    if (!kPlain && p.alibi_slopes.data != nullptr) row.slope = *p.alibi_slopes.at(head.b, h);
+    if (!kPlain && p.alibi_slopes.data != nullptr) row.slope = *p.alibi_slopes.at(head.b, tile.h);
 
 #pragma unroll 1
     for (int q = 0; q < BLOCK_Q; q += SUB_Q) {
       // S^T = K @ Q^T,  dP^T = V @ dO^T  [kWarpKeys, SUB_Q]
       float s[kM][kN][4] = {}, ds[kM][kN][4] = {};
-      add_product_t(s, k_smem, first_key, queries_smem, q);
+      const LeftRows<T, kDim> keys{k_smem, first_key};
       if constexpr (kTiles.value_in_registers) {
-        const auto value = [&](int m, int k) { return to_fragment<T>(v_reg[m][k]); };
-        add_product_t(ds, value, grad_out_smem, q);
+        const auto values = [&](int m, int k) { return to_fragment<T>(v_reg[m][k]); };
+        add_scores(s, keys, queries_smem, ds, values, grad_out_smem, q);
       } else {
-        add_product_t(ds, v_smem, first_key, grad_out_smem, q);
+        add_scores(s, keys, queries_smem, ds, LeftRows<T, kDim>{v_smem, first_key}, grad_out_smem, q);
       }
 
       // P^T = exp(S^T - row_max) / row_sum,  dS^T = P^T * (dP^T - delta)
-      const int key = opaque(j + first_key + lane / 4);
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
+        const int key = opaque(j + first_key + lane / 4);
         [[maybe_unused]] DropoutColumns<kM> dropout;
         const bool has_dropout = !kPlain && p.dropout_threshold > 0;
-        if (has_dropout) dropout = {p, static_cast<int>(head.b * p.heads + h), i + q + 8 * n, j + first_key};
+        if (has_dropout) dropout = {p, static_cast<int>(head.b * p.heads + tile.h), tile.i + q + 8 * n, j + first_key};
 #pragma unroll
         for (int second = 0; second < 2; ++second) {
           const int col = q + 8 * n + lane % 4 * 2 + second;
@@ -251,8 +253,8 @@ __global__ void __launch_bounds__(32 * key_tiles<T, kDim, kPlain>().warps())
           if constexpr (!kPlain) {
             row.key_begin = stats.key_begin;
             row.key_end = stats.key_end;
-            row.diagonal = i + col + sequence.k_len - sequence.q_len;
-            row.mask_offset = head.b * p.mask.batch + h * p.mask.head + (i + col) * p.mask.row;
+            row.diagonal = tile.i + col + sequence.k_len - sequence.q_len;
+            row.mask_offset = head.b * p.mask.batch + tile.h * p.mask.head + (tile.i + col) * p.mask.row;
           }
 #pragma unroll
           for (int m = 0; m < kM; ++m) {
@@ -275,8 +277,8 @@ __global__ void __launch_bounds__(32 * key_tiles<T, kDim, kPlain>().warps())
             const int col = q + 8 * n + lane % 4 * 2 + c % 2;
 #pragma unroll
             for (int m = 0; m < kM; ++m) {
-              const int at = key + m * 16 + c / 2 * 8;
-              if (at < columns.key_begin[col] || at >= columns.key_end[col]) s[m][n][c] = ds[m][n][c] = 0.f;
+              const int key = begin + m * 16 + c / 2 * 8 + lane / 4;
+              if (key < columns.key_begin[col] || key >= columns.key_end[col]) s[m][n][c] = ds[m][n][c] = 0.f;
             }
           }
         }
@@ -308,10 +310,9 @@ __global__ void __launch_bounds__(32 * key_tiles<T, kDim, kPlain>().warps())
 
     // dS is complete, and its queries have been used.
     __syncthreads();
-    if (kStages == 1) copy_query(step + 1);
-    copy_grad_out(step + 1);
+    copy_tile(grad_out_smem, g.grad_out, p.value_dim, next_of(tile));
     commit_copies();
-    const QueryStats next = load_stats(step + 1);
+    const QueryStats stats = load_stats(next_of(tile));
 
     // dQ += dS @ K  [BLOCK_Q, kCols]
     if (launch.query_sums != nullptr) {
@@ -332,7 +333,7 @@ __global__ void __launch_bounds__(32 * key_tiles<T, kDim, kPlain>().warps())
           }
         }
       }
-      float* sums = query_sums_of(head, launch, h, i) + warp * (BLOCK_Q * kCols) + lane;
+      float* sums = query_sums_of(head, launch, tile.h, tile.i, BLOCK_Q) + warp * (BLOCK_Q * kCols) + lane;
 #pragma unroll
       for (int m = 0; m < kQ; ++m) {
 #pragma unroll
@@ -342,17 +343,20 @@ __global__ void __launch_bounds__(32 * key_tiles<T, kDim, kPlain>().warps())
         }
       }
     }
-    if (threadIdx.x < BLOCK_Q) columns.put(threadIdx.x, next);
+    if (threadIdx.x < BLOCK_Q) columns.put(threadIdx.x, stats);
   }
   wait_for_copies<0>();  // of the keys, if there were no queries: none may come after this
+
+  // Made anew, so that it needn't stay in registers.
+  const AttentionHead<T> owner = head_of(opaque(blockIdx.x));
 
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int key = j + first_key + m * 16 + half * 8 + lane / 4;
-      if (key >= sequence.k_len) continue;
-      T *const k_row = head.key_row(g.grad_key, key), *const v_row = head.key_row(g.grad_value, key);
+      if (key >= owner.sequence.k_len) continue;
+      T *const k_row = owner.key_row(g.grad_key, key), *const v_row = owner.key_row(g.grad_value, key);
 #pragma unroll
       for (int d = 0; d < kD; ++d) {
 #pragma unroll
@@ -378,7 +382,7 @@ __global__ void __launch_bounds__(128)
   const int query = r % p.max_q_len, h = r / p.max_q_len % p.heads, b = r / p.max_q_len / p.heads;
   const AttentionHead<T> head(p, b, h);
   if (query >= head.sequence.q_len) return;
-  const float* sums = query_sums_of(head, launch, h, query);
+  const float* sums = query_sums_of(head, launch, h, query, launch.block_q);
   const auto scale = static_cast<float>(p.scale);
   T* row = head.query_row(g.grad_query, h, query);
   for (int col = threadIdx.x % 32; col < p.head_dim; col += 32) {

@@ -92,7 +92,10 @@ __global__ void __launch_bounds__(32 * MaskTiles::warps)
           commit_copies();
           wait_for_copies<0>();
           __syncthreads();
-          add_product_t(products, left_smem, warp * 16, right_smem, 0);
+#pragma unroll
+          for (int k = 0; k < kFeatures / kStep<T>; ++k) {
+            add_step_t(products, LeftRows<T, kFeatures>{left_smem, warp * 16}, right_smem, 0, k);
+          }
         }
       };
       const QueryScores<false, true, T> differentiate(head, g.delta, i + warp * 16);

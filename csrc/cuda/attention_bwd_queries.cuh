@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(32 * query_tiles(kDim * sizeof(T)).warps)
 
   // From the last tile on, which has the most keys under a causal mask.
   const int block = blockIdx.x, i = (launch.num_tiles - 1 - block % launch.num_tiles) * BLOCK_Q;
-  const AttentionHead<T> head(p, block / launch.num_tiles / p.heads, block / launch.num_tiles % p.heads);
+  AttentionHead<T> head(p, block / launch.num_tiles / p.heads, block / launch.num_tiles % p.heads);
   const int num_rows = min(BLOCK_Q, static_cast<int>(head.sequence.q_len) - i);
   if (num_rows <= 0) return;
   const int begin = static_cast<int>(p.keys_of(head.sequence, i).begin) / BLOCK_KV * BLOCK_KV;
@@ -110,12 +110,13 @@ __global__ void __launch_bounds__(32 * query_tiles(kDim * sizeof(T)).warps)
     // The tile has come, and all warps are done with the one before.
     wait_for_copies<0>();
     __syncthreads();
+    head.b = opaque(head.b);
     if (kTiles.stages == 2) copy_tile(j + BLOCK_KV, stage ^ 1);
 
     // S = Q @ K^T,  dP = dO @ V^T  [16, BLOCK_KV]
     float s[1][kN][4] = {}, ds[1][kN][4] = {};
-    add_product_t(s, q_smem, warp * 16, k_smem(stage), 0);
-    add_product_t(ds, grad_out_smem, warp * 16, v_smem(stage), 0);
+    add_scores(s, LeftRows<T, kDim>{q_smem, warp * 16}, k_smem(stage), ds, LeftRows<T, kDim>{grad_out_smem, warp * 16},
+               v_smem(stage), 0);
     differentiate(s, ds, j);
 
     // dQ += dS @ K  [16, kDim]

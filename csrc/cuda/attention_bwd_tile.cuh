@@ -14,43 +14,52 @@ namespace bigkern {
 struct BackwardLaunch {
   int num_tiles;
   bool vectorized;  // query, key, value and grad_out, as copy_rows says
-  // Sums for dQ, if they are made by atomics: [heads, num_query_tiles, elements of a tile], tiles of block_q queries by
-  // warp_cols features for each of the warps.
+  // Sums for dQ, if they are made by atomics: [heads, num_query_tiles, query_tile_size]. A tile has block_q queries by
+  // warp_cols features for each warp; the batch's entries have query_tiles_of_entry each, unless packed.
   float* query_sums;
   int64_t num_query_tiles;
-  int block_q, warp_cols, warps;
+  int query_tiles_of_entry, query_tile_size, block_q, warp_cols;
 };
 
-// sums [16 kM, 8 kN] += left @ rows [row, row + 8 kN) of right, transposed. left(m, k): the left operand's step k.
+// The rows of a tile from `row` on as a left operand.
+template <class T, int kCols>
+struct LeftRows {
+  SharedTile<T, kCols> tile;
+  int row;
+
+  __device__ Fragment<T, 4> operator()(int m, int k) const {
+    uint32_t raw[4];
+    load_left(raw, tile, row + m * 16, k);
+    return to_fragment<T>(raw);
+  }
+};
+
+// sums [16 kM, 8 kN] += left @ rows [row, row + 8 kN) of right, transposed: step k of the columns.
 template <class T, int kCols, int kM, int kN, class Left>
-__device__ void add_product_t(float (&sums)[kM][kN][4], const Left& left, SharedTile<T, kCols> right, int row) {
-#pragma unroll 8
-  for (int k = 0; k < kCols / kStep<T>; ++k) {
-    Fragment<T, 4> a[kM];
+__device__ void add_step_t(float (&sums)[kM][kN][4], const Left& left, SharedTile<T, kCols> right, int row, int k) {
+  Fragment<T, 4> a[kM];
 #pragma unroll
-    for (int m = 0; m < kM; ++m) a[m] = left(m, k);
+  for (int m = 0; m < kM; ++m) a[m] = left(m, k);
 #pragma unroll
-    for (int n = 0; n < kN; n += 2) {
-      const Fragment<T, 4> b = load_right_t(right, row + n * 8, k);
+  for (int n = 0; n < kN; n += 2) {
+    const Fragment<T, 4> b = load_right_t(right, row + n * 8, k);
 #pragma unroll
-      for (int m = 0; m < kM; ++m) {
-        multiply_add<T>(sums[m][n], a[m], b, 0);
-        multiply_add<T>(sums[m][n + 1], a[m], b, 2);
-      }
+    for (int m = 0; m < kM; ++m) {
+      multiply_add<T>(sums[m][n], a[m], b, 0);
+      multiply_add<T>(sums[m][n + 1], a[m], b, 2);
     }
   }
 }
 
-// The same with the rows [left_row, left_row + 16 kM) of a tile on the left.
-template <class T, int kCols, int kM, int kN>
-__device__ void add_product_t(float (&sums)[kM][kN][4], SharedTile<T, kCols> left, int left_row,
-                              SharedTile<T, kCols> right, int row) {
-  const auto load = [&](int m, int k) {
-    uint32_t raw[4];
-    load_left(raw, left, left_row + m * 16, k);
-    return to_fragment<T>(raw);
-  };
-  add_product_t(sums, load, right, row);
+// S and dP, or their transposes, of all columns. Side by side: a sum waits some 33 cycles for the one before.
+template <class T, int kCols, int kM, int kN, class Left, class OtherLeft>
+__device__ void add_scores(float (&s)[kM][kN][4], const Left& left, SharedTile<T, kCols> right, float (&dp)[kM][kN][4],
+                           const OtherLeft& other_left, SharedTile<T, kCols> other_right, int row) {
+#pragma unroll 8
+  for (int k = 0; k < kCols / kStep<T>; ++k) {
+    add_step_t(s, left, right, row, k);
+    add_step_t(dp, other_left, other_right, row, k);
+  }
 }
 
 // sums [16 kM, 8 kD] += weights [16 kM, 8 kN] @ rows [row, row + 8 kN) of right, columns [col, col + 8 kD).
