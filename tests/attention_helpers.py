@@ -54,7 +54,7 @@ class Case:
 
     @property
     def scale(self):
-        return 0.5 / math.sqrt(self.E)  # few scores are much larger than the rest
+        return 0.5 / math.sqrt(max(self.E, 1))  # few scores are much larger than the rest
 
     def generator(self):
         return torch.Generator(self.device).manual_seed(self.seed)
@@ -113,6 +113,32 @@ class Case:
             ]
         tensors = [mask, slopes, self.philox(), None, None, *lengths]
         return [None if t is None else t.to(self.device) for t in tensors]
+
+
+@dataclass
+class PackedCase(Case):
+    lengths: tuple[list[int], list[int]] = ()  # of queries and of keys
+
+    def shapes(self):
+        total_q, total_k = map(sum, self.lengths)
+        return [
+            (total_q, self.H, self.E),
+            (total_k, self.Hkv, self.E),
+            (total_k, self.Hkv, self.Ev),
+        ]
+
+    def starts(self):
+        return [
+            torch.tensor([0, *ns], device=self.device).cumsum(0).to(torch.int32)
+            for ns in self.lengths
+        ]
+
+    def raw_options(self):
+        longest = dict(zip(("max_seqlen_q", "max_seqlen_k"), map(max, self.lengths), strict=True))
+        return super().raw_options() | longest
+
+    def tensors(self):
+        return [*super().tensors()[:3], *self.starts(), None, None]
 
 
 def rolled(x, turn):

@@ -1,6 +1,7 @@
 """How tests launch kernels of their own in the emulator."""
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,9 @@ from torch import Tensor
 class Kernels:
     """Those of some `.cu` files, by name. Tensors that a launch gets are known memory in it."""
 
-    def __init__(self, name: str, *sources: Path) -> None:
+    def __init__(self, name: str, *sources: Path, **others: Sequence[Path | str]) -> None:
         try:
-            self.controls = build.load(name, build.Sources(sources))
+            self.controls = build.load(name, build.Sources(sources, **others))
         except NoCompilerError as obstacle:
             pytest.skip(str(obstacle))
 

@@ -1,7 +1,7 @@
 """Attention against the reference in float64: function and raw ops, with every option."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,6 +11,7 @@ from attention_helpers import (
     DTYPES,
     ENOUGH,
     Case,
+    PackedCase,
     as_dtype,
     baselines,
     cases,
@@ -138,28 +139,6 @@ def test_raw_ops(device, case):
     assert outs[1].dtype == wide(case.dtype)
 
 
-@dataclass
-class PackedCase(Case):
-    lengths: tuple[list[int], list[int]] = ()  # of queries and of keys
-
-    def shapes(self):
-        total_q, total_k = map(sum, self.lengths)
-        return [
-            (total_q, self.H, self.E),
-            (total_k, self.Hkv, self.E),
-            (total_k, self.Hkv, self.Ev),
-        ]
-
-    def starts(self):
-        return [
-            torch.tensor([0, *ns], device=self.device).cumsum(0).to(torch.int32)
-            for ns in self.lengths
-        ]
-
-    def tensors(self):
-        return [*super().tensors()[:3], *self.starts(), None, None]
-
-
 @st.composite
 def packed_cases(draw):
     case = draw(cases(mask="none", layout="contiguous", seqlens=False))
@@ -188,9 +167,8 @@ def test_packed_sequences(device, case):
     case = replace(case, device=device)
     check_function(_run_varlen, case)
     out, row_max, row_sum = backends.select("attention", device).attention(
-        *case.inputs(), *case.tensors(), **case.raw_options(),
-        max_seqlen_q=max(case.lengths[0]), max_seqlen_k=max(case.lengths[1]),
-    )  # fmt: skip
+        *case.inputs(), *case.tensors(), **case.raw_options()
+    )
     expected = _run_varlen(case, case.inputs(), case.tensors())
     assert torch.equal(out, expected[0])
     assert torch.equal(row_max + row_sum.log(), expected[1])

@@ -36,6 +36,28 @@ def test_grad_norm_has_no_bank_conflicts(emulated_ops, dtype):
     assert all(launch["bank_conflicts"] == 0 for launch in launches)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [2**15, 5000])
+def test_warps_ask_for_whole_sectors(emulated_ops, dtype, n):
+    problem = Problem(dtype, shapes=[(n,)])
+    emulated_ops.take_launches()
+    emulated_ops.count_sectors(True)
+    try:
+        with ops.backend():
+            adam_(*problem.lists(), **OPTIONS)
+            grad_norm(problem.grads)
+    finally:
+        emulated_ops.count_sectors(False)
+    _, adam, sums, _ = emulated_ops.take_launches()
+    sectors = -(-n * dtype.itemsize // 32)
+    coefficients = 8 * adam["grid"][0]  # one by one
+    assert adam["sectors_read"] == 4 * sectors + coefficients
+    assert adam["sectors_written"] == 3 * sectors
+    # The last chunk, where it isn't whole, is read by elements, which the L1 cache gathers.
+    repeated = 1 if n == 2**15 else 16 // dtype.itemsize
+    assert sectors * repeated <= sums["sectors_read"] <= (sectors + 2) * repeated
+
+
 def test_tensors_are_known_for_the_time_of_a_call(emulated_ops):
     problem = Problem(torch.float32, shapes=[(7,)])
     with ops.backend():

@@ -155,6 +155,22 @@ def test_bank_conflicts(run, stride, conflicts):
     assert launch["bank_conflicts"] == 2 * conflicts
 
 
+@pytest.mark.parametrize(
+    ("stride", "offset", "sectors"),
+    [(1, 0, 4), (1, 1, 5), (2, 0, 8), (8, 0, 32), (33, 0, 32), (0, 0, 1)],
+)
+def test_sectors(run, stride, offset, sectors):
+    x = torch.arange(96 * 33.0 + 1)
+    out = torch.zeros(96 * 33 + 1)
+    run.controls.count_sectors(True)
+    try:
+        run("global_stride", x[offset:], out[offset:], stride, grid=(3, 1, 1))
+    finally:
+        run.controls.count_sectors(False)
+    (launch,) = run.controls.take_launches()
+    assert launch["sectors_read"] == launch["sectors_written"] == 3 * sectors
+
+
 # ---- Mistakes. Each kernel runs without its bug too. ----
 
 
@@ -314,5 +330,5 @@ PTX = """
 )
 def test_what_is_unknown_is_an_error_with_its_line(instruction):
     with pytest.raises(PtxError, match=r"some.cu:17: no rule for "):
-        translate(PTX.format(instruction), "register")
-    translate(PTX.format("add.s32 %r1, %r2, %r3;"), "register")
+        translate([PTX.format(instruction)], "register")
+    translate([PTX.format("add.s32 %r1, %r2, %r3;")], "register")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cuda_compiler import ROOT
 from emulator import build
 from emulator_helpers import SCHEDULES, Kernels
 
@@ -48,6 +49,24 @@ def test_ldmatrix(run, stride, conflicts):
     assert torch.equal(out, (a @ b).float())
     (launch,) = run.controls.take_launches()
     assert (launch["bank_conflicts"] > 0) == conflicts
+
+
+@pytest.fixture(scope="module")
+def gemm():
+    header = ROOT / "csrc/cuda/ptx.cuh"
+    return Kernels("gemm", build.HERE / "kernels/gemm.cu", headers=(header,))
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 32), (7, 127, 64), (100, 70, 96), (64, 64, 32)])
+@pytest.mark.parametrize("schedule", ["asc", "desc", "random"])
+def test_a_tiled_product(gemm, m, n, k, schedule):
+    a, b = torch.randint(-10, 10, (m, k)), torch.randint(-10, 10, (n, k))
+    out = torch.zeros(m, n)
+    grid = (-(-n // 64), -(-m // 64), 1)
+    gemm.controls.set_schedule(schedule)
+    gemm.controls.find_races(True)
+    gemm("gemm", a.half(), b.half(), out, m, n, k, grid=grid, block=(128, 1, 1))
+    assert torch.equal(out, (a @ b.T).float())
 
 
 def pipeline(run, n, bug, schedule):

@@ -24,9 +24,10 @@ C_TYPES = {"f32": "float", "f64": "double", "pred": "bool"} | {
 
 @dataclass(frozen=True)
 class Rule:
-    emit: Callable[..., str]
+    emit: Callable
     types: frozenset[str]  # of the last modifier; empty: it is a modifier like the others
     modifiers: frozenset[str]
+    is_collective: bool
 
     def fits(self, instruction: Instruction) -> bool:
         modifiers = list(instruction.modifiers)
@@ -38,12 +39,19 @@ class Rule:
 _rules: dict[str, list[Rule]] = {}
 
 
-def rule(opcodes: str, types: str = "", modifiers: str = "") -> Callable:
-    """Makes a function of (context, instruction), which returns C++, the rule for `opcodes`."""
+def rule(
+    opcodes: str, types: str = "", modifiers: str = "", is_collective: bool = False
+) -> Callable:
+    """Makes a function of (context, instruction), which returns C++, the rule for `opcodes`.
 
-    def register(emit: Callable[..., str]) -> Callable[..., str]:
+    It returns a `together.Collective` where `is_collective`: a warp does it together.
+    """
+
+    def register(emit: Callable) -> Callable:
         for opcode in opcodes.split():
-            known = Rule(emit, frozenset(types.split()), frozenset(modifiers.split()))
+            known = Rule(
+                emit, frozenset(types.split()), frozenset(modifiers.split()), is_collective
+            )
             _rules.setdefault(opcode, []).append(known)
         return emit
 

@@ -36,7 +36,8 @@ py::dict describe(const Launch& launch) {
                   "static_smem"_a = launch.kernel->static_smem, "instructions"_a = s.instructions,
                   "warp_operations"_a = s.warp_operations, "barriers"_a = s.barriers, "global_read"_a = s.global_read,
                   "global_written"_a = s.global_written, "shared_accesses"_a = s.shared_accesses,
-                  "bank_conflicts"_a = s.bank_conflicts);
+                  "bank_conflicts"_a = s.bank_conflicts, "sectors_read"_a = s.sectors_read,
+                  "sectors_written"_a = s.sectors_written);
 }
 
 py::list take_launches() {
@@ -58,6 +59,8 @@ void set_schedule(const std::string& order, uint64_t seed) {
   }
   settings.seed = seed;
 }
+
+void set_watch(Watch what, bool yes) { settings.watches = yes ? settings.watches | what : settings.watches & ~what; }
 
 // Arguments: the bytes of each.
 void launch_by_name(const std::string& name, const std::vector<uint32_t>& grid, const std::vector<uint32_t>& block,
@@ -84,9 +87,12 @@ void launch_by_name(const std::string& name, const std::vector<uint32_t>& grid, 
 }  // namespace
 
 PYBIND11_MODULE(emulated, m) {
+  install_fault_handler();
   m.def("set_schedule", &set_schedule, py::arg("order"), py::arg("seed") = 0);
   m.def("set_device", &set_device_model);
-  m.def("count_conflicts", [](bool counts) { settings.counts_conflicts = counts; });
+  m.def("count_conflicts", [](bool yes) { set_watch(kConflicts, yes); });
+  m.def("count_sectors", [](bool yes) { set_watch(kSectors, yes); });
+  m.def("find_races", [](bool yes) { set_watch(kRaces, yes); });
   m.def("take_launches", &take_launches, "What was launched since the last call, with statistics.");
   m.def("add_buffer", [](uintptr_t begin, size_t bytes, const std::string& name) {
     add_buffer(reinterpret_cast<void*>(begin), bytes, name);
