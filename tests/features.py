@@ -79,10 +79,15 @@ ATTENTION = Table(
     "torch, CPU (fused)",
     [
         Feature(
-            "float32, bfloat16, float16, float64; any head sizes, lengths and strides",
+            "float32, bfloat16, float16; any lengths and strides, heads of any size to 256",
             "test_attention::test_function",
             "yes",
             "query key value scale out row_max row_sum grad_out",
+        ),
+        Feature(
+            "float64; heads of any size",
+            "test_attention_grad::test_query_key_value",
+            "yes",
         ),
         Feature(
             "bool and additive masks, of any shape that broadcasts",
@@ -92,7 +97,7 @@ ATTENTION = Table(
         ),
         Feature(
             "gradient of an additive mask",
-            "test_attention::test_raw_ops",
+            "test_attention::test_raw_ops test_attention_backward::test_gradient_of_a_mask",
             arguments="needs_mask_grad",
         ),
         Feature(
@@ -196,7 +201,7 @@ INT8 = Table(
         ),
         Feature(
             "training: gradients by int8 products, rounded stochastically",
-            "test_quantize_rows_stochastic::test_rounds_as_the_reference",
+            "test_int8_training::test_int8_gradients_are_products_of_int8",
             arguments="philox factor",
         ),
         Feature(
@@ -206,7 +211,7 @@ INT8 = Table(
         ),
         Feature(
             "gradient of the input and the bias",
-            "test_int8_torch::test_gradient_is_that_of_the_weight_that_the_integers_stand_for",
+            "test_int8_layers::test_forward_backward_and_state_on_each_device",
         ),
         Feature(
             "`torch.compile(fullgraph=True)`",

@@ -131,11 +131,13 @@ def test_accuracy(case, deterministic, device):
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("case", PACKED.values(), ids=PACKED)
+@pytest.mark.sanitize
 def test_packed(case, deterministic, device):
     check(replace(case, device=device), deterministic)
 
 
 @pytest.mark.parametrize("case", MASKS.values(), ids=MASKS)
+@pytest.mark.sanitize
 def test_gradient_of_a_mask(case, device):
     check(replace(case, device=device))
 
@@ -143,6 +145,7 @@ def test_gradient_of_a_mask(case, device):
 @pytest.mark.parametrize("shape", [(0, 2, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0)])
 @pytest.mark.parametrize("keys", [0, 5])
 @pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.sanitize
 def test_empty(shape, keys, deterministic, device):
     B, H, L, E = shape
     case = Case(FLOAT, B, H, H, L, keys, E, 6, mask="float", device=device)

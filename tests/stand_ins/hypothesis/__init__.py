@@ -12,6 +12,7 @@ from typing import Any
 from . import strategies as strategies
 
 Phase = Enum("Phase", ["explicit", "generate"])
+HealthCheck = Enum("HealthCheck", ["function_scoped_fixture"])
 
 
 class settings:
