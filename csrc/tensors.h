@@ -70,8 +70,8 @@ inline bool is_dense(const Tensor& t) {
   return true;
 }
 
-// Uninitialized and without gaps, on the device of `like`; `order` lists the dimensions from the innermost on. (By the
-// op torch::stable::new_empty, which is looked up by its name, it takes three times as long.)
+// Uninitialized and without gaps, on the device of `like`; `order` lists the dimensions from the innermost on. (The
+// op of torch::stable::new_empty is looked up by its name, which takes 1.5 us more.)
 inline Tensor empty_in_order(const Tensor& like, const std::vector<int64_t>& sizes, const std::vector<int>& order,
                              ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size());

@@ -100,6 +100,18 @@ def test_more_than_a_tile(dtype, causal, device):
     check_function(run_function, served(case, device))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("H", "L", "E", "Ev", "window"),
+    [(2, 1, 64, 64, (-1, -1)), (2, 3, 32, 72, (700, 0)), (8, 1, 72, 20, (700, 0))],
+)
+def test_few_queries_of_many_keys(dtype, H, L, E, Ev, window):
+    """Keys and values are read where they lie, and shared out in parts; the window's first key is
+    amid a block."""
+    case = Case(dtype, 5, H, 2, L, 1100, E, Ev, layout="BLHE", window=window)
+    check_function(run_function, case)
+
+
 def _raw_ops(ops, case, inputs, tensors):
     """All that they return, the two of a row as its log-sum-exp."""
     options = case.raw_options()
