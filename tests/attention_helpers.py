@@ -207,10 +207,10 @@ def on_gpu(device):
 
 
 def check_drawn(cases, device, check, max_examples):
-    """`check` of drawn cases as `device` serves them: a sixth as many for the emulator, which takes
-    a second for each."""
+    """`check` of drawn cases as `device` serves them: half as many for the emulator, which takes a
+    second for each."""
     if device == "cpu" and on_gpu(device):
-        max_examples //= 6
+        max_examples //= 2
 
     @settings(draw, max_examples=max_examples)
     @given(cases)

@@ -145,6 +145,7 @@ def test_gradient_of_a_mask(case, device):
 @pytest.mark.parametrize("shape", [(0, 2, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0)])
 @pytest.mark.parametrize("keys", [0, 5])
 @pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.launches_nothing
 @pytest.mark.sanitize
 def test_empty(shape, keys, deterministic, device):
     B, H, L, E = shape
