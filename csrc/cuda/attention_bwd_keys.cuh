@@ -88,11 +88,10 @@ __device__ Fragment<T, 4> load_left_t(SharedTile<T, kCols> tile, int row, int co
   return to_fragment<T>(raw);
 }
 
-// The random bits of a warp's 16 kM keys, from a multiple of 16 on, and 8 queries from i on, for a lane's of them.
-// Lanes of neighbouring keys draw for one query each and exchange.
-template <int kM>
+// The random bits of a warp's 16 keys, from a multiple of 16 on, and 8 queries from i on, for a lane's of them. Lanes
+// of neighbouring keys draw for one query each and exchange.
 struct DropoutColumns {
-  uint32_t words[2][2 * kM];  // of the queries i + 2 (lane % 4) and the next, the keys lane / 4 + 8 n
+  uint32_t words[2][2];  // of the queries i + 2 (lane % 4) and the next, the keys lane / 4 and 8 on
 
   DropoutColumns() = default;
   __device__ DropoutColumns(const AttentionProblem& p, int bh, int i, int j) {
@@ -102,17 +101,16 @@ struct DropoutColumns {
                 static_cast<uint32_t>(bh), p.philox_offset()},
                p.philox_seed());
 #pragma unroll
-    for (int n = 0; n < 2 * kM; ++n) {
-      const uint32_t low = n % 2 == 0 ? drawn.x : drawn.y, high = n % 2 == 0 ? drawn.z : drawn.w;
-      const uint32_t own = (kM == 1 ? j % 32 != 0 : n >= 2) ? high : low;
-      const uint32_t other = __shfl_xor_sync(~0u, own, 4);
-      words[0][n] = mine == 0 ? own : other;
-      words[1][n] = mine == 0 ? other : own;
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t first = half == 0 ? drawn.x : drawn.y, last = half == 0 ? drawn.z : drawn.w;
+      const uint32_t own = j % 32 == 0 ? first : last, other = __shfl_xor_sync(~0u, own, 4);
+      words[0][half] = mine == 0 ? own : other;
+      words[1][half] = mine == 0 ? other : own;
     }
   }
-  // Whether the weight of query `second` and key lane / 4 + 8 n isn't dropped.
-  __device__ bool keeps(int second, int n, uint32_t threshold) const {
-    const uint32_t word = words[second][n];
+  // Whether the weight of query `second` and key lane / 4 + 8 half isn't dropped.
+  __device__ bool keeps(int second, int half, uint32_t threshold) const {
+    const uint32_t word = words[second][half];
     return (threadIdx.x / 4 % 2 ? word >> 16 : word & 0xffff) >= threshold;
   }
 };
@@ -243,7 +241,8 @@ __global__ void __launch_bounds__(32 * key_tiles<T, kDim, kPlain>().warps())
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
         const int key = opaque(j + first_key + lane / 4);
-        [[maybe_unused]] DropoutColumns<kM> dropout;
+        [[maybe_unused]] DropoutColumns dropout;
+        static_assert(kPlain || kM == 1);
         const bool has_dropout = !kPlain && p.dropout_threshold > 0;
         if (has_dropout) dropout = {p, static_cast<int>(head.b * p.heads + tile.h), tile.i + q + 8 * n, j + first_key};
 #pragma unroll
@@ -260,7 +259,7 @@ __global__ void __launch_bounds__(32 * key_tiles<T, kDim, kPlain>().warps())
           for (int m = 0; m < kM; ++m) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-              const bool keeps = !has_dropout || dropout.keeps(second, 2 * m + half, p.dropout_threshold);
+              const bool keeps = !has_dropout || dropout.keeps(second, half, p.dropout_threshold);
               const int c = 2 * half + second;
               differentiate(stats, row, key + m * 16 + half * 8, keeps, s[m][n][c], ds[m][n][c]);
             }
