@@ -297,7 +297,8 @@ __global__ void __launch_bounds__(32 * key_tiles<T, kDim, kPlain>().warps())
               const float low = ds[m][n][2 * half], high = ds[m][n][2 * half + 1];
               T* const to = ds_smem.at(first_key + m * 16 + half * 8 + lane / 4, q + 8 * n, lane % 4 * 2);
               if constexpr (std::is_same_v<T, float>) {
-                store(to, Vector<float, 2>{low, high});
+                // As one number: the compiler splits some of the stores of two.
+                *reinterpret_cast<double*>(to) = __hiloint2double(__float_as_int(high), __float_as_int(low));
               } else {
                 *reinterpret_cast<uint32_t*>(to) = pack_pair<T>(low, high);
               }
