@@ -38,3 +38,21 @@ def test_adam_streams_16_bytes_an_access(cuda_kernels, arch):
             assert loads >= 4, kernel.name  # so many at once in flight
         local_or_generic = [o for o in opcodes if re.match(r"(LDL|STL|LD\.E|ST\.E)\b", o)]
         assert local_or_generic == [], kernel.name
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_int8_products_keep_tensor_cores_busy(cuda_kernels, arch):
+    """The loop over K: products, what loads their operands, and few instructions else."""
+    of_arch = [k for k in cuda_kernels if k.arch == arch]
+    products = [k for k in of_arch if k.base_name == "int8_gemm_kernel"]
+    assert len(products) == 8  # 3 tiles for either order of B in memory, 2 for convolutions
+    for kernel in products:
+        assert kernel.count("LDGSTS"), kernel.name
+        loop = [i.opcode for i in kernel.main_loop()]
+        share = sum(opcode.startswith("IMMA.16832.S8.S8") for opcode in loop) / len(loop)
+        assert share > (0.15 if "64, 64" in kernel.name else 0.4), f"{kernel.name}: {share}"
+    for kernel in of_arch:
+        if kernel.base_name == "int8_gemv_kernel":
+            opcodes = [i.opcode for i in kernel.instructions]
+            assert any(o.startswith("LDG.E.EF.128") for o in opcodes), kernel.name
+            assert kernel.count("IDP.4A"), kernel.name

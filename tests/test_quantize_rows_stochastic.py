@@ -32,6 +32,18 @@ def test_rounds_as_the_reference(shape, dtype, has_factor, device):
     assert [t.shape for t in quantize_rows_stochastic(x[:0], philox)] == [(0, shape[1]), (0,)]
 
 
+def test_quotients_beyond_127_saturate(device):
+    """Where max / (max / 127) is rounded up, and u is so small that their sum is below -127."""
+    x, philox = (
+        torch.full((8, 128), -1.00002003, device=device),
+        torch.tensor([661, 0], device=device),
+    )
+    assert x[3, 21] / (x.abs().amax() / 127) < -127
+    assert reference_int8_training.uniform(philox, x.shape)[3, 21] < 2**-18
+    values, _ = quantize_rows_stochastic(x, philox)
+    assert torch.equal(values, reference_int8_training.quantize_rows_stochastic(x, philox)[0])
+
+
 def test_rounds_to_neighbours_and_right_on_average():
     x = torch.randn(7, 127)
     n, total = 1000, 0

@@ -104,9 +104,10 @@ def int8_linear(
         y_{ij} = \mathrm{act}\Big(s_i\,t_j \sum_k q_{ik} w_{jk} + \mathrm{bias}_j\Big)
 
     with the integers :math:`q` and scales :math:`s` of x, :math:`w` and :math:`t` of the weight.
-    The sum is exact, what follows is in float32, rounded once; nothing
-    intermediate is stored. (Jacob et al. 2018, https://arxiv.org/abs/1712.05877, section 2.2; the
-    scales of rows as in Dettmers et al. 2022, https://arxiv.org/abs/2208.07339, equation 3.)
+    The sum is exact, what follows is in float32, rounded once; of what is in between, a GPU stores
+    the integers of x, a CPU nothing. (Jacob et al. 2018, https://arxiv.org/abs/1712.05877, section
+    2.2; the scales of rows as in Dettmers et al. 2022, https://arxiv.org/abs/2208.07339, equation
+    3.)
 
     The gradient of x is that of a linear layer with the weight that the integers stand for:
     quantising x counts as the identity. The bias has a gradient too.

@@ -113,12 +113,16 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T>
 void launch_images(const Images& p, Device device) {
-  const auto parts = static_cast<uint32_t>(ceil_div<int64_t>(p.elements, kThreads * kRun<T> * kMagnitudeRuns));
-  const auto blocks = static_cast<uint32_t>(ceil_div<int64_t>(p.padded_pixels * p.pixel_runs, kThreads));
-  const auto batch = static_cast<uint32_t>(p.s.batch);
-  if (parts > 0) launch(device.index, image_magnitude_kernel<T>, batch * parts, kThreads, 0, p, parts);
-  launch(device.index, image_scale_kernel, ceil_div<uint32_t>(batch, kThreads), kThreads, 0, p);
-  if (blocks > 0) launch(device.index, quantize_images_kernel<T>, batch * blocks, kThreads, 0, p, blocks);
+  const int64_t parts = ceil_div<int64_t>(p.elements, kThreads * kRun<T> * kMagnitudeRuns);
+  const int64_t blocks = ceil_div<int64_t>(p.padded_pixels * p.pixel_runs, kThreads), batch = p.s.batch;
+  const auto run = [&](auto kernel, int64_t blocks_of_image) {
+    if (blocks_of_image == 0) return;
+    launch(device.index, kernel, grid_of(batch * blocks_of_image), kThreads, 0, p,
+           static_cast<uint32_t>(blocks_of_image));
+  };
+  run(image_magnitude_kernel<T>, parts);
+  launch(device.index, image_scale_kernel, grid_of(ceil_div<int64_t>(batch, kThreads)), kThreads, 0, p);
+  run(quantize_images_kernel<T>, blocks);
 }
 
 // Fills values and scale.
@@ -194,7 +198,7 @@ void set_a(const Tensor& images, const Conv2dShape& s, Int8Gemm& gemm, TensorLis
   keep.push_back(torch::stable::new_empty(images, {s.groups, gemm.rows, gemm.depth}));
   auto* const patches = static_cast<int8_t*>(keep.back().data_ptr());
   if (chunks > 0) {
-    launch(device.index, gather_patches_kernel, static_cast<uint32_t>(ceil_div<int64_t>(chunks, kThreads)), kThreads, 0,
+    launch(device.index, gather_patches_kernel, grid_of(ceil_div<int64_t>(chunks, kThreads)), kThreads, 0,
            Gather{im2col, s.groups, gemm.rows, gemm.depth / kChunkBytes, s.depth(), s.group_channels()}, data, patches);
   }
   gemm.a = {patches, gemm.depth, gemm.rows * gemm.depth};

@@ -43,7 +43,7 @@ constexpr TileChoice kTiles[] = {{LargeTile::BLOCK_M, LargeTile::BLOCK_N, 1.0},
 
 struct Plan {
   int tile = 0, num_splits = 1;
-  uint32_t num_tiles = 0;
+  int64_t num_tiles = 0;
 };
 
 // The least time, in products of an SM at the highest rate. Parts of K have 512 bytes at least, and cost a launch
@@ -62,7 +62,7 @@ Plan make_plan(const Int8Gemm& p, int num_sms) {
       if (splits > 1) time += kLaunch + kSum * p.batch * p.rows * p.cols * splits / num_sms;
       if (time < least) {
         least = time;
-        best = {t, static_cast<int>(splits), static_cast<uint32_t>(num_tiles)};
+        best = {t, static_cast<int>(splits), num_tiles};
       }
     }
   }
@@ -81,9 +81,9 @@ template <class Tile, Int8Layout kLayout>
 void launch_gemm(const Int8Gemm& p, const Plan& plan, Device device) {
   const int64_t k_tiles = ceil_div<int64_t>(p.depth, BLOCK_K);
   const auto chunks_of_split = static_cast<int>(ceil_div<int64_t>(k_tiles, plan.num_splits) * kTileChunks);
-  const auto blocks = static_cast<uint32_t>(plan.num_tiles * p.batch * plan.num_splits);
-  launch(device.index, int8_gemm_kernel<Tile, kLayout>, blocks, Tile::kThreads, Tile::kSmemBytes, p, plan.num_tiles,
-         plan.num_splits, chunks_of_split);
+  const dim3 grid = grid_of(plan.num_tiles * p.batch * plan.num_splits);
+  launch(device.index, int8_gemm_kernel<Tile, kLayout>, grid, Tile::kThreads, Tile::kSmemBytes, p,
+         static_cast<uint32_t>(plan.num_tiles), plan.num_splits, chunks_of_split);
 }
 
 template <Int8Layout kLayout>
@@ -102,9 +102,10 @@ void launch_gemm(const Int8Gemm& p, const Plan& plan, Device device) {
 }
 
 void launch_gemv(const Int8Gemm& p, Device device) {
-  const auto blocks_of_entry = static_cast<uint32_t>(ceil_div<int64_t>(p.cols, kColumns));
+  const int64_t blocks_of_entry = ceil_div<int64_t>(p.cols, kColumns);
   const auto run = [&](auto kernel) {
-    launch(device.index, kernel, static_cast<uint32_t>(blocks_of_entry * p.batch), kGemvThreads, 0, p, blocks_of_entry);
+    launch(device.index, kernel, grid_of(blocks_of_entry * p.batch), kGemvThreads, 0, p,
+           static_cast<uint32_t>(blocks_of_entry));
   };
   if (p.rows == 1) return run(int8_gemv_kernel<1>);
   if (p.rows == 2) return run(int8_gemv_kernel<2>);
@@ -139,9 +140,8 @@ void int8_gemm(const Int8Gemm& problem, Device device) {
   p.epilogue.has_vectors = has_vectors(p.epilogue);
   launch_gemm(p, plan, device);
   const int64_t threads = p.batch * p.rows * ceil_div<int64_t>(p.cols, kColumns);
-  launch(device.index, int8_finish_kernel, static_cast<uint32_t>(ceil_div<int64_t>(threads, kFinishThreads)),
-         kFinishThreads, 0, epilogue, static_cast<const int32_t*>(parts.data_ptr()), plan.num_splits, p.batch, p.rows,
-         p.cols);
+  launch(device.index, int8_finish_kernel, grid_of(ceil_div<int64_t>(threads, kFinishThreads)), kFinishThreads, 0,
+         epilogue, static_cast<const int32_t*>(parts.data_ptr()), plan.num_splits, p.batch, p.rows, p.cols);
 }
 
 }  // namespace bigkern

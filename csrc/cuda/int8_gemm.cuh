@@ -119,13 +119,15 @@ struct ColumnLoader {
 
   // From a chunk of K on, as far as `depth`.
   __device__ void copy(int8_t* smem, int chunk, int64_t depth) const {
+    const int row = threadIdx.x / kChunksOfRow;
+    const int64_t k_begin = int64_t{chunk} * kChunkBytes;
+    const int rows_left = is_there ? static_cast<int>(min(depth - k_begin, int64_t{BLOCK_K})) : 0;
+    const int8_t* const first = columns + (k_begin + row) * stride;
 #pragma unroll
     for (int n = 0; n < BLOCK_K / kRowsAtOnce; ++n) {
-      const int k_in_tile = n * kRowsAtOnce + threadIdx.x / kChunksOfRow;
-      const int64_t k = int64_t{chunk} * kChunkBytes + k_in_tile;
-      const bool row_is_there = is_there && k < depth;
-      copy_async(smem + place_in_columns<BLOCK_N>(k_in_tile, threadIdx.x % kChunksOfRow),
-                 columns + (row_is_there ? k : 0) * stride, row_is_there);
+      const int k = n * kRowsAtOnce + row;
+      copy_async(smem + place_in_columns<BLOCK_N>(k, threadIdx.x % kChunksOfRow),
+                 k < rows_left ? first + n * kRowsAtOnce * stride : columns, k < rows_left);
     }
   }
 };

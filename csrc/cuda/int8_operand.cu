@@ -43,10 +43,11 @@ bool is_chunked(const int8_t* data, int64_t entries, int64_t entry, int64_t rows
 
 void copy_rows(const Int8Batch& x, int8_t* to, Device device) {
   const int64_t depth = whole_chunks(x.depth);
-  const auto row_tiles = static_cast<uint32_t>(ceil_div<int64_t>(x.rows, kTile));
-  const auto col_tiles = static_cast<uint32_t>(ceil_div<int64_t>(depth, kTile));
-  const auto blocks = static_cast<uint32_t>(x.entries * row_tiles * col_tiles);
-  if (blocks > 0) launch(device.index, copy_rows_kernel, blocks, kThreads, 0, x, to, depth, row_tiles, col_tiles);
+  const int64_t row_tiles = ceil_div<int64_t>(x.rows, kTile), col_tiles = ceil_div<int64_t>(depth, kTile);
+  const int64_t blocks = x.entries * row_tiles * col_tiles;
+  if (blocks == 0) return;
+  launch(device.index, copy_rows_kernel, grid_of(blocks), kThreads, 0, x, to, depth, static_cast<uint32_t>(row_tiles),
+         static_cast<uint32_t>(col_tiles));
 }
 
 Int8Operand chunked_rows(const Int8Batch& x, const Tensor& like, TensorList& keep) {

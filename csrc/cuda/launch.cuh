@@ -31,6 +31,13 @@ __host__ __device__ constexpr Integer ceil_div(Integer a, Integer b) {
   return (a + b - 1) / b;
 }
 
+// A grid of one dimension, as far as one goes.
+inline dim3 grid_of(int64_t blocks) {
+  constexpr int64_t kMost = (int64_t{1} << 31) - 1;
+  if (blocks > kMost) throw std::invalid_argument("sizes must fit 2^31 - 1 blocks, got " + std::to_string(blocks));
+  return dim3(static_cast<unsigned>(blocks));
+}
+
 // Its name and template arguments, as in the source; "a kernel" where the driver can't load it.
 inline std::string kernel_name(const void* kernel) {
   const char* mangled = nullptr;

@@ -120,9 +120,9 @@ void launch_rows(Problem p, Device device) {
   const auto address = reinterpret_cast<uintptr_t>(p.x.data);
   p.is_aligned = address % 16 == 0 && (p.x.rows < 2 || p.x.row * sizeof(T) % 16 == 0);
   const int64_t rows_of_block = p.x.cols > kWarpCols ? 1 : kThreads / kWarp;
-  const auto blocks = static_cast<uint32_t>(ceil_div(p.x.rows, rows_of_block));
+  const dim3 grid = grid_of(ceil_div(p.x.rows, rows_of_block));
   BOOL_SWITCH(rows_of_block == 1, kByBlock, [&] {
-    launch(device.index, quantize_rows_kernel < T, kByBlock ? kThreads : kWarp, kStochastic >, blocks, kThreads, 0, p);
+    launch(device.index, quantize_rows_kernel < T, kByBlock ? kThreads : kWarp, kStochastic >, grid, kThreads, 0, p);
   });
 }
 

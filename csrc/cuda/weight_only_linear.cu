@@ -118,9 +118,10 @@ __global__ void __launch_bounds__(kThreads) weight_only_kernel(const __grid_cons
 template <class T>
 void launch_weight_only(const Problem& p, Device device) {
   const auto run = [&](auto kernel, int64_t rows_of_block) {
-    const auto row_blocks = static_cast<uint32_t>(ceil_div(p.call.rows, rows_of_block));
-    const auto blocks = static_cast<uint32_t>(row_blocks * ceil_div<int64_t>(p.call.N, kCols));
-    if (blocks > 0) launch(device.index, kernel, blocks, kThreads, 0, p, row_blocks);
+    const int64_t row_blocks = ceil_div(p.call.rows, rows_of_block);
+    const int64_t blocks = row_blocks * ceil_div<int64_t>(p.call.N, kCols);
+    if (blocks == 0) return;
+    launch(device.index, kernel, grid_of(blocks), kThreads, 0, p, static_cast<uint32_t>(row_blocks));
   };
   if (p.call.rows == 1) return run(weight_only_kernel<T, 1>, 1);
   run(weight_only_kernel<T, kMostRows>, kMostRows);
