@@ -23,7 +23,7 @@ def mbarrier(c, i):
     return f"mbarrier_{i.modifiers[0]}({_barrier(c, i, address)}{numbers});"
 
 
-@rule("mbarrier", "b64", f"arrive expect_tx {SCOPES} {SHARED}")
+@rule("mbarrier", "b64", f"arrive expect_tx {SCOPES} {SHARED}", "arrive")
 def arrive(c, i):
     target, address, *number = i.operands
     number = c.value(number[0], "u32") if number else "1"
@@ -70,7 +70,7 @@ def _address(c, address: Address) -> str:
     return f"{c.value(address.base, 'u64')} + {address.offset}"
 
 
-@rule("cp", "", f"{BULK} {TO_BARRIER} bulk_group")
+@rule("cp", "", f"{BULK} {TO_BARRIER} bulk_group", "bulk")
 def bulk_copy(c, i):
     to, source, size, *barrier = i.operands
     site, size = c.site(i), c.value(size, "u32")
@@ -80,7 +80,7 @@ def bulk_copy(c, i):
     return f"bulk_store({site}, {_address(c, to)}, {_offset(c, source)}, {size});"
 
 
-@rule("cp", "", f"{TENSOR} {TO_BARRIER} bulk_group")
+@rule("cp", "", f"{TENSOR} {TO_BARRIER} bulk_group", "tensor")
 def tensor_copy(c, i):
     rank = int(re.search(r"\.(\d)d\.", i.text)[1])
     to, source, *barrier = i.operands
@@ -94,23 +94,22 @@ def tensor_copy(c, i):
     return f"tensor_store({c.site(i)}, {box}, {_offset(c, source)});"
 
 
-@rule("cp", "", "async bulk commit_group")
+@rule("cp", "", "async bulk commit_group", "bulk")
 def commit(c, i):
     return "commit_bulk_group();"
 
 
-@rule("cp", "", "async bulk wait_group read")
+@rule("cp", "", "async bulk wait_group read", "bulk")
 def wait_for_groups(c, i):
     return f"wait_for_bulk_groups({c.value(i.operands[0], 'u32')});"
 
 
-@rule("fence", "", "proxy async async::generic async.shared::cta shared::cta global")
-@rule("fence", "", "proxy async shared cluster")
+@rule("fence", "", "proxy async async::generic async.shared::cta shared::cta global", "proxy")
 def fence_proxy(c, i):
     return "proxy_fence();"
 
 
-@rule("fence", "", "mbarrier_init release cluster")
+@rule("fence", "", "mbarrier_init release cluster", "mbarrier_init")
 def fence_init(c, i):
     """Initialisation is one of the accesses that fences and barriers order."""
     return "fence();"
