@@ -23,7 +23,7 @@ class Kernels:
     def __call__(
         self,
         name: str,
-        *arguments: Tensor | int | float,
+        *arguments: Tensor | int | float | bytes,
         grid: tuple[int, ...] = (1, 1, 1),
         block: tuple[int, ...] = (32, 1, 1),
         smem: int = 0,
@@ -32,7 +32,11 @@ class Kernels:
             encoded = [self._encode(i, a, stack) for i, a in enumerate(arguments)]
             self.controls.launch(name, grid, block, encoded, smem)
 
-    def _encode(self, i: int, argument: Tensor | int | float, stack: contextlib.ExitStack) -> bytes:
+    def _encode(
+        self, i: int, argument: Tensor | int | float | bytes, stack: contextlib.ExitStack
+    ) -> bytes:
+        if isinstance(argument, bytes):
+            return argument
         if isinstance(argument, Tensor):
             address = argument.data_ptr()
             self.controls.add_buffer(address, argument.nbytes, f"argument {i}")

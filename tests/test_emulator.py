@@ -332,3 +332,20 @@ def test_what_is_unknown_is_an_error_with_its_line(instruction):
     with pytest.raises(PtxError, match=r"some.cu:17: no rule for "):
         translate([PTX.format(instruction)], "register")
     translate([PTX.format("add.s32 %r1, %r2, %r3;")], "register")
+
+
+@pytest.mark.parametrize(
+    ("instruction", "call"),
+    [
+        ("cp.async.commit_group;", "commit_copies()"),
+        ("cp.async.bulk.commit_group;", "commit_bulk_group()"),
+        ("cp.async.wait_group 1;", "wait_for_copies("),
+        ("cp.async.bulk.wait_group.read 1;", "wait_for_bulk_groups("),
+        ("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%r1], %r2;", "mbarrier_expect("),
+        ("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r1], %r2;", "mbarrier_arrive("),
+        ("fence.proxy.async.shared::cta;", "proxy_fence()"),
+        ("fence.acq_rel.gpu;", " fence()"),
+    ],
+)
+def test_instructions_of_like_names_are_told_apart(instruction, call):
+    assert call in translate([PTX.format(instruction)], "register")

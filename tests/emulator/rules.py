@@ -27,10 +27,13 @@ class Rule:
     emit: Callable
     types: frozenset[str]  # of the last modifier; empty: it is a modifier like the others
     modifiers: frozenset[str]
+    needs: frozenset[str]  # of the modifiers
     is_collective: bool
 
     def fits(self, instruction: Instruction) -> bool:
         modifiers = list(instruction.modifiers)
+        if not self.needs.issubset(modifiers):
+            return False
         if self.types and (not modifiers or modifiers.pop() not in self.types):
             return False
         return self.modifiers.issuperset(modifiers)
@@ -40,7 +43,7 @@ _rules: dict[str, list[Rule]] = {}
 
 
 def rule(
-    opcodes: str, types: str = "", modifiers: str = "", is_collective: bool = False
+    opcodes: str, types: str = "", modifiers: str = "", needs: str = "", is_collective: bool = False
 ) -> Callable:
     """Makes a function of (context, instruction), which returns C++, the rule for `opcodes`.
 
@@ -50,7 +53,7 @@ def rule(
     def register(emit: Callable) -> Callable:
         for opcode in opcodes.split():
             known = Rule(
-                emit, frozenset(types.split()), frozenset(modifiers.split()), is_collective
+                emit, *(frozenset(x.split()) for x in (types, modifiers, needs)), is_collective
             )
             _rules.setdefault(opcode, []).append(known)
         return emit

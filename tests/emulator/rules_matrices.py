@@ -2,7 +2,7 @@
 
 from emulator.parse import Immediate, PtxError
 from emulator.rules import rule
-from emulator.rules_memory import pointer
+from emulator.rules_memory import shared_offset
 from emulator.together import Collective
 
 
@@ -58,7 +58,7 @@ def multiply(c, i):
 def load_matrices(c, i):
     target, address = i.operands
     registers = getattr(target, "items", (target,))
-    row = f"(uint32_t)({pointer(c, i, address, 16, 'Read')} - block.smem)"
+    row = shared_offset(c, i, address, 16, "Read")
     count = len(registers)
     if count < 4:  # the other lanes' addresses don't matter
         row = f"current->lane < {8 * count} ? {row} : 0"

@@ -25,6 +25,10 @@ def pointer(c, i, address: Address, size: int, kind: str) -> str:
     return f"{space}_pointer<{kind}, {size}>({c.site(i)}, {base} + {address.offset})"
 
 
+def shared_offset(c, i, address: Address, size: int, kind: str) -> str:
+    return f"(uint32_t)({pointer(c, i, address, size, kind)} - block.smem)"
+
+
 def _access(c, i, address, value, kind):
     """The pointer, and each element with its offset and its type."""
     items = value.items if isinstance(value, Vector) else (value,)

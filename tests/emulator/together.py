@@ -33,7 +33,7 @@ def registers(*operands: Operand) -> Iterator[str]:
         if isinstance(operand, Register):
             yield operand.name
         elif isinstance(operand, Address):
-            yield from registers(operand.base)
+            yield from registers(operand.base, *operand.coordinates)
         elif isinstance(operand, Vector):
             yield from registers(*operand.items)
 
@@ -53,7 +53,7 @@ def arrange(stretch: Sequence[Instruction]) -> Iterator[Instruction | list[Instr
 
 def _may_join(i: Instruction) -> bool:
     """Of a whole warp, whatever it does."""
-    has_mask = i.opcode == "shfl"
+    has_mask = i.opcode in ("shfl", "elect")
     is_whole = not has_mask or i.operands[-1] in (Immediate("-1"), Immediate("0xffffffff"))
     return rules.find(i).is_collective and i.guard is None and is_whole
 

@@ -8,9 +8,11 @@ from emulator import (  # noqa: F401
     rules,
     rules_arithmetic,
     rules_convert,
+    rules_hopper,
     rules_matrices,
     rules_memory,
     rules_threads,
+    rules_wgmma,
 )
 from emulator.parse import (
     Address,
@@ -59,7 +61,7 @@ def translate(ptx: Sequence[str], register: str) -> str:
     `register`: the C function that nvcc's host code calls for it, which returns a table of them.
     """
     modules = [parse(text) for text in ptx]
-    parts = ['#include "ptx.h"', "using namespace emulator;"]
+    parts = ['#include "hopper.h"', "using namespace emulator;"]
     names = [f"sm_{m.architecture}{'a' * m.is_specific}" for m in modules]
     for module, name in zip(modules, names, strict=True):
         parts += [f"namespace {name} {{ namespace {{", *_module(module), "} }"]
@@ -146,6 +148,7 @@ class Context:
         self.symbols = {name: f"(uint64_t){c}" for name, c in symbols.items()}
         self.places: dict[str, str] = {}  # parameters, the function's and those of its calls
         self.statics: list[str] = []
+        self.arrays: list[str] = []  # of addresses of registers
         self._lay_out()
 
     def _lay_out(self) -> None:
@@ -256,6 +259,13 @@ class Context:
         self.statics.append(f"static {kind} {declared} = {{{', '.join(values)}}};")
         return name
 
+    def addresses(self, registers: Sequence[Register]) -> str:
+        """An array of them, for what is written later."""
+        name = f"addresses_{len(self.arrays)}"
+        items = ", ".join(f"&{r.name}" for r in registers)
+        self.arrays.append(f"uint32_t* const {name}[] = {{{items}}};")
+        return name
+
     # ---- The function ----
 
     def definition(self) -> list[str]:
@@ -265,6 +275,7 @@ class Context:
             f"{'bool' if r.type == 'pred' else f'uint{bits(r.type)}_t'} {r.name} = 0;"
             for r in self.function.registers
         ]
+        lines += self.arrays
         for v in self.local:
             name = self.places[v.name]
             lines.append(f"alignas({max(v.align, 16)}) unsigned char {name}[{v.size}];")

@@ -1,4 +1,5 @@
-// What a source is compiled to for several architectures: out = the architecture, whether its own instructions are there.
+// What a source is compiled to for several architectures: out = the architecture, whether its own instructions are
+// there.
 extern "C" __global__ void architecture(int* out) {
 #ifdef __CUDA_ARCH__
   out[0] = __CUDA_ARCH__;

@@ -1,4 +1,5 @@
 // What tests set and ask. Mistakes in kernels are RuntimeErrors.
+#include <cuda.h>
 #include <cxxabi.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -84,6 +85,19 @@ void launch_by_name(const std::string& name, const std::vector<uint32_t>& grid, 
   if (error != cudaSuccess) throw Error(error_text(error));
 }
 
+// The bytes of a kernel's parameter.
+py::bytes tensor_map(int type, uint64_t address, const std::vector<uint64_t>& sizes,
+                     const std::vector<uint64_t>& strides, const std::vector<uint32_t>& box, int swizzle) {
+  alignas(64) CUtensorMap map;
+  const std::vector<uint32_t> ones(sizes.size(), 1);
+  const CUresult error = cuTensorMapEncodeTiled(
+      &map, static_cast<CUtensorMapDataType>(type), sizes.size(), reinterpret_cast<void*>(address), sizes.data(),
+      strides.data(), box.data(), ones.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, static_cast<CUtensorMapSwizzle>(swizzle),
+      CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (error != CUDA_SUCCESS) throw std::invalid_argument("cuTensorMapEncodeTiled: invalid argument");
+  return {reinterpret_cast<const char*>(&map), sizeof map};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(emulated, m) {
@@ -99,4 +113,5 @@ PYBIND11_MODULE(emulated, m) {
   });
   m.def("remove_buffer", [](uintptr_t begin) { return remove_buffer(reinterpret_cast<void*>(begin)); });
   m.def("launch", &launch_by_name);
+  m.def("tensor_map", &tensor_map);
 }

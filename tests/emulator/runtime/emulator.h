@@ -163,6 +163,9 @@ enum class Shuffle { up, down, bfly, idx };
 template <Shuffle mode>
 void shuffle(const Operation& o, uint32_t* const* slots, uint32_t lanes);
 
+// Results: a lane, and whether it is this one.
+void elect(const Operation& o, uint32_t* const* slots, uint32_t lanes);
+
 // ---- Asynchronous copies ----
 
 // cp.async: the bytes arrive when this thread waits for their group, and are NaN until then.

@@ -77,4 +77,13 @@ template void shuffle<Shuffle::down>(const Operation&, uint32_t* const*, uint32_
 template void shuffle<Shuffle::bfly>(const Operation&, uint32_t* const*, uint32_t);
 template void shuffle<Shuffle::idx>(const Operation&, uint32_t* const*, uint32_t);
 
+void elect(const Operation& o, uint32_t* const* slots, uint32_t lanes) {
+  const uint32_t leader = __builtin_ctz(lanes);
+  for (uint32_t rest = lanes; rest; rest &= rest - 1) {
+    uint32_t* mine = slots[__builtin_ctz(rest)];
+    mine[o.output] = leader;
+    mine[o.output + 1] = static_cast<uint32_t>(__builtin_ctz(rest)) == leader;
+  }
+}
+
 }  // namespace emulator

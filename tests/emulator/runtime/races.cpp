@@ -23,6 +23,7 @@ struct Access {
   uint32_t thread, count;
   uint8_t bytes;  // of the word, a bit each
   bool writes, is_atomic;
+  Proxy proxy;
   const Site* site;
 };
 // Those that a later access may still race with.
@@ -35,29 +36,35 @@ struct ThreadClock {
 };
 
 uint64_t block_number;
+uint32_t copy_unit;  // the thread after the last
 std::vector<ThreadClock> clocks;
 std::vector<Word> shared_words;
 std::unordered_map<uint64_t, Word> global_words;
 // By an address that atomics touch.
 std::unordered_map<uint64_t, Clock> published_in_shared, published_in_global;
 
+bool is_in(const Access& a, const std::map<uint64_t, std::vector<uint32_t>>& counts) {
+  const auto it = counts.find(a.block);
+  return it != counts.end() && a.count <= it->second[a.thread];
+}
+
 bool is_before_now(const Access& a, const ThreadClock& me) {
-  if (a.block == block_number) return a.count <= me.counts[a.thread];
-  const auto it = me.now.of_block.find(a.block);
-  return it != me.now.of_block.end() && a.count <= it->second[a.thread];
+  return a.block == block_number ? a.count <= me.counts[a.thread] : is_in(a, me.now.done);
 }
 
 [[noreturn]] void fail_raced(const Site& site, bool writes, const Access& other, bool is_shared, uint64_t address) {
-  const Dim s = block.size;
-  const uint32_t x = other.thread % s.x, y = other.thread / s.x % s.y, z = other.thread / s.x / s.y;
-  const std::string where = other.block == block_number ? "" : format(" of block %lu", other.block);
+  const std::string there = format("%s at %s", other.site->what, other.site->source);
   if (other.count == kOnItsWay) {
-    fail("race: %s at %s, but the bytes of %s at %s, thread (%u, %u, %u), are on their way", site.what, site.source,
-         other.site->what, other.site->source, x, y, z);
+    fail("race: %s at %s, but the bytes of %s are on their way", site.what, site.source, there.c_str());
   }
-  fail("race: %s at %s %s %s memory at 0x%lx, which %s at %s of thread (%u, %u, %u)%s %s: nothing orders them",
-       site.what, site.source, writes ? "writes" : "reads", is_shared ? "shared" : "global", address, other.site->what,
-       other.site->source, x, y, z, where.c_str(), other.writes ? "has written" : "has read");
+  const Dim s = block.size;
+  const std::string thread =
+      format("thread (%u, %u, %u)", other.thread % s.x, other.thread / s.x % s.y, other.thread / s.x / s.y);
+  const std::string which = other.thread == copy_unit ? "" : " of " + thread;
+  const std::string where = other.block == block_number ? "" : format(" of block %lu", other.block);
+  fail("race: %s at %s %s %s memory at 0x%lx, which %s%s%s %s: nothing orders them", site.what, site.source,
+       writes ? "writes" : "reads", is_shared ? "shared" : "global", address, there.c_str(), which.c_str(),
+       where.c_str(), other.writes ? "has written" : "has read");
 }
 
 template <class F>
@@ -72,31 +79,45 @@ void for_each_word(bool is_shared, uint64_t address, uint32_t bytes, const F& f)
   }
 }
 
-void add_access(const Site& site, bool is_shared, uint64_t address, uint32_t bytes, bool writes, bool is_atomic,
-                uint32_t count) {
+// `access` has all but the bytes.
+void add_access(const Access& access, bool is_shared, uint64_t address, uint32_t bytes) {
   const ThreadClock& me = clocks[current->number];
   for_each_word(is_shared, address, bytes, [&](Word& word, uint8_t mask) {
     for (const Access& a : word) {
-      const bool conflicts = (a.bytes & mask) && (writes || a.writes) && !(is_atomic && a.is_atomic);
-      if (conflicts && !is_before_now(a, me)) fail_raced(site, writes, a, is_shared, address);
+      const bool conflicts = (a.bytes & mask) && (access.writes || a.writes) && !(access.is_atomic && a.is_atomic);
+      if (!conflicts) continue;
+      if (!is_before_now(a, me)) fail_raced(*access.site, access.writes, a, is_shared, address);
+      if (a.writes && a.proxy == Proxy::generic && access.proxy == Proxy::async && !is_in(a, me.now.fenced)) {
+        fail("%s at %s: no fence.proxy.async since %s at %s wrote %s memory at 0x%lx", access.site->what,
+             access.site->source, a.site->what, a.site->source, is_shared ? "shared" : "global", address);
+      }
     }
     // Whoever comes after this access, and so doesn't race with it, doesn't race with what comes before it either.
     const auto is_covered = [&](const Access& a) {
-      return (a.bytes & ~mask) == 0 && (writes || !a.writes) && (a.is_atomic || !is_atomic) && is_before_now(a, me);
+      return (a.bytes & ~mask) == 0 && (access.writes || !a.writes) && (a.is_atomic || !access.is_atomic) &&
+             is_before_now(a, me);
     };
     word.erase(std::remove_if(word.begin(), word.end(), is_covered), word.end());
-    word.push_back({block_number, current->number, count, mask, writes, is_atomic, &site});
+    word.push_back(access);
+    word.back().bytes = mask;
   });
 }
 
 }  // namespace
 
-void Clock::join(const Clock& other) {
-  for (const auto& [number, counts] : other.of_block) {
-    auto& mine = of_block[number];
+namespace {
+void join_counts(std::map<uint64_t, std::vector<uint32_t>>& to, const std::map<uint64_t, std::vector<uint32_t>>& from) {
+  for (const auto& [number, counts] : from) {
+    auto& mine = to[number];
     mine.resize(counts.size());
     for (size_t i = 0; i < counts.size(); ++i) mine[i] = std::max(mine[i], counts[i]);
   }
+}
+}  // namespace
+
+void Clock::join(const Clock& other) {
+  join_counts(done, other.done);
+  join_counts(fenced, other.fenced);
 }
 
 void begin_race_launch() {
@@ -108,10 +129,11 @@ void begin_race_block(uint64_t number, uint32_t threads) {
   block_number = number;
   published_in_shared.clear();
   shared_words.assign((block.smem_bytes + kWordBytes - 1) / kWordBytes, {});
-  clocks.assign(threads, {});
-  for (uint32_t i = 0; i < threads; ++i) {
-    auto& counts = clocks[i].now.of_block[number];
-    counts.resize(threads);
+  copy_unit = threads;
+  clocks.assign(threads + 1, {});
+  for (uint32_t i = 0; i <= threads; ++i) {
+    auto& counts = clocks[i].now.done[number];
+    counts.resize(threads + 1);
     counts[i] = 1;
     clocks[i].counts = counts.data();
   }
@@ -142,7 +164,9 @@ namespace {
 
 void check_access(const Site& site, bool is_shared, uint64_t address, uint32_t bytes, bool writes, bool is_atomic) {
   ThreadClock& me = clocks[current->number];
-  add_access(site, is_shared, address, bytes, writes, is_atomic, me.counts[current->number]);
+  const uint32_t thread = current->number;
+  add_access({block_number, thread, me.counts[thread], 0, writes, is_atomic, Proxy::generic, &site}, is_shared, address,
+             bytes);
   if (!is_atomic) return;
   // A fence before a write releases, one after a read acquires.
   Clock& here = (is_shared ? published_in_shared : published_in_global)[address];
@@ -158,16 +182,32 @@ void watch_access(Site& site, bool is_shared, uint64_t address, uint32_t bytes, 
   if (settings.watches & kRaces) check_access(site, is_shared, address, bytes, writes, is_atomic);
 }
 
-void begin_copy(const Site& site, uint32_t offset, uint32_t bytes) {
-  add_access(site, true, offset, bytes, true, false, kOnItsWay);
+void fence_proxy() {
+  Clock& now = clocks[current->number].now;
+  join_counts(now.fenced, now.done);
+  ++clocks[current->number].counts[current->number];
 }
 
-void end_copy(uint32_t offset, uint32_t bytes) {
+void begin_transfer(const Site& site, Proxy proxy, uint32_t offset, uint32_t bytes, bool writes) {
+  const uint32_t thread = proxy == Proxy::generic ? current->number : copy_unit;
+  add_access({block_number, thread, kOnItsWay, 0, writes, false, proxy, &site}, true, offset, bytes);
+}
+
+void end_transfer(Proxy proxy, uint32_t offset, uint32_t bytes, Clock* to) {
+  const uint32_t thread = proxy == Proxy::generic ? current->number : copy_unit;
+  const uint32_t owner = to ? thread : current->number, count = clocks[owner].counts[owner];
   for_each_word(true, offset, bytes, [&](Word& word, uint8_t) {
     for (Access& a : word) {
-      if (a.thread == current->number && a.count == kOnItsWay) a.count = clocks[a.thread].counts[a.thread];
+      if (a.thread != thread || a.count != kOnItsWay) continue;
+      a.thread = owner;
+      a.count = count;
     }
   });
+  if (!to) return;
+  auto& counts = to->done[block_number];
+  counts.resize(clocks.size());
+  counts[owner] = count;
+  ++clocks[owner].counts[owner];
 }
 
 }  // namespace emulator

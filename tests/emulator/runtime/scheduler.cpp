@@ -11,6 +11,7 @@
 #include <numeric>
 #include <utility>
 
+#include "async.h"
 #include "races.h"
 
 namespace emulator {
@@ -23,6 +24,17 @@ std::vector<Fiber> fibers;
 uint32_t num_live;
 
 namespace {
+uint64_t random_state;
+}
+
+uint64_t draw() {  // xorshift64*
+  random_state ^= random_state >> 12;
+  random_state ^= random_state << 25;
+  random_state ^= random_state >> 27;
+  return random_state * 0x2545f4914f6cdd1dull;
+}
+
+namespace {
 
 // Lanes that can run, and the lane whose turn it is.
 struct Queue {
@@ -32,14 +44,6 @@ std::vector<Queue> queues;  // of each warp
 uint32_t running_warp;
 void* launcher;       // its stack pointer, while a block runs
 std::string failure;  // why the block was abandoned; empty if it wasn't
-uint64_t random_state;
-
-uint64_t draw() {  // xorshift64*
-  random_state ^= random_state >> 12;
-  random_state ^= random_state << 25;
-  random_state ^= random_state >> 27;
-  return random_state * 0x2545f4914f6cdd1dull;
-}
 
 // Saves the callee-saved registers and the stack pointer, and continues where `to` was left.
 __attribute__((naked, noinline)) void switch_stacks(void** /*from*/, void* /*to*/) {
@@ -103,17 +107,20 @@ Fiber* next_ready() {
       ++lines;
     }
   }
-  fail("%s%s", text.c_str(), describe_warps().c_str());
+  fail("%s%s%s", text.c_str(), describe_warps().c_str(), describe_mbarriers().c_str());
 }
 
 void run_others() {
+  stir_async();
   Fiber* next = next_ready();
+  while (!next && num_live > 0 && run_async()) next = next_ready();
   if (!next && num_live > 0) fail_deadlocked();
   if (next != current) switch_to(next);
 }
 
 void fiber_main() {
   block.kernel->body();
+  leave_warpgroup();
   self().has_exited = true;
   self().waits_at = nullptr;
   --num_live;
@@ -161,6 +168,9 @@ void run_block(uint64_t number) {
   memset(block.smem, 0xff, block.smem_bytes);  // NaN, until it is written
   reset_barriers();
   reset_warps();
+  reset_mbarriers();
+  reset_warpgroups();
+  reset_async();
   num_live = n;
   if (settings.watches & kRaces) begin_race_block(number, n);
   queues.assign((n + kWarp - 1) / kWarp, {});
@@ -174,6 +184,7 @@ void run_block(uint64_t number) {
   switch_stacks(&launcher, first->stack_pointer);
   finish_profile();
   if (!failure.empty()) throw Error(std::exchange(failure, {}));
+  finish_async();
 }
 
 std::vector<uint64_t> order_of_blocks(uint64_t n) {
