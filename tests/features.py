@@ -101,8 +101,8 @@ ATTENTION = Table(
             arguments="needs_mask_grad",
         ),
         Feature(
-            "dropout, recomputed from a counter in the backward",
-            "test_attention::test_raw_ops",
+            "dropout, of the same mask on each backend, recomputed from a counter in the backward",
+            "test_attention_features::test_the_mask_of_dropout_is_the_documented_one",
             arguments="dropout_p philox",
         ),
         Feature(
