@@ -101,8 +101,8 @@ ATTENTION = Table(
             arguments="needs_mask_grad",
         ),
         Feature(
-            "dropout, recomputed from a counter in the backward",
-            "test_attention::test_raw_ops",
+            "dropout, of the same mask on each backend, recomputed from a counter in the backward",
+            "test_attention_features::test_the_mask_of_dropout_is_the_documented_one",
             arguments="dropout_p philox",
         ),
         Feature(
@@ -129,7 +129,7 @@ ATTENTION = Table(
             arguments="cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k",
         ),
         Feature(
-            "few queries against many keys, split over all cores; key-value cache",
+            "few queries against many keys, split over all cores or SMs; key-value cache",
             "test_kv_cache::test_prompt_and_steps_equal_the_whole",
             arguments="seqlens_q seqlens_k",
         ),

@@ -95,6 +95,7 @@ def test_function(device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.sanitize
 def test_more_than_a_tile(dtype, causal, device):
     case = Case(dtype, 1, 2, 1, 150, 300, 64, 64, causal=causal)
     check_function(run_function, served(case, device))
@@ -192,6 +193,7 @@ def test_empty_queries(shape):
     assert all(x.grad.shape == x.shape and x.grad.isfinite().all() for x in (q, k, v))
 
 
+@pytest.mark.sanitize
 def test_no_keys_give_zeros(device):
     q, k, v = (torch.randn(2, 2, n, 4, device=device, requires_grad=True) for n in (3, 0, 0))
     mask = torch.randn(3, 0, device=device, requires_grad=True)

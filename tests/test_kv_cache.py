@@ -79,6 +79,7 @@ def test_prompt_and_steps_equal_the_whole(options, dtype, Hkv, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"window": (3, 0), "softcap": 2.0}])
+@pytest.mark.sanitize
 def test_sequences_of_different_length(options, dtype, device):
     q, k, v = tokens(20, dtype, device=device)
     cache = make_cache(dtype, device=device)
