@@ -46,6 +46,8 @@ __global__ void __launch_bounds__(128)
 
 // ---- Host ----
 
+constexpr size_t kMostSmem = 99 << 10;  // that a block may have on every card from sm_80 on
+
 // A grid may not be empty.
 template <class Kernel, class... Arguments>
 void launch_blocks(const AttentionProblem& p, Kernel kernel, int64_t num_blocks, int threads, size_t smem,
@@ -61,10 +63,12 @@ void launch_backward(const AttentionProblem& p, const AttentionBackwardProblem& 
   launch_blocks(p, delta_kernel<T>, blocks_of_rows, 128, 0, g, reads_vectors);
 
   constexpr KeyTiles kKeyTiles = key_tiles<T, kDim, kPlain>();
+  static_assert(key_smem_bytes<T, kDim, kPlain>() <= kMostSmem && query_smem_bytes<T, kDim>() <= kMostSmem);
   Tensor sums;
   if (!g.deterministic) {
     l.block_q = kKeyTiles.block_q;
-    l.warp_cols = kDim / kKeyTiles.warps();
+    l.query_rows = kKeyTiles.query_rows();
+    l.query_cols = kKeyTiles.query_cols(kDim);
     l.query_tile_size = l.block_q * kDim;
     l.query_tiles_of_entry = ceil_div<int64_t>(p.max_q_len, l.block_q);
     // Packed, each entry begins a tile of its own.

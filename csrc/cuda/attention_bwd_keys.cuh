@@ -9,20 +9,25 @@
 namespace bigkern {
 
 // By the bytes of a row of kDim elements. feature_warps warps hold the same keys, and of the sums a part of the
-// features each, which would be too many for one. At most 98 kB of shared memory.
+// features each, which would be too many for one. At most 99 kB of shared memory.
 struct KeyTiles {
   int row_tiles, key_warps, feature_warps, block_q, sub_q;
   bool value_in_registers;
 
   constexpr int warps() const { return key_warps * feature_warps; }
   constexpr int block_kv() const { return 16 * row_tiles * key_warps; }
+
+  // dQ [block_q, dim] is a grid of the warps' parts, of two row tiles where there are as many.
+  constexpr int query_rows() const { return block_q < 32 ? block_q : 32; }
+  constexpr int query_row_groups() const { return block_q / query_rows(); }
+  constexpr int query_cols(int dim) const { return dim * query_row_groups() / warps(); }
 };
 template <class T, int kDim, bool kPlain>
 constexpr KeyTiles key_tiles() {
   if (sizeof(T) == 2) {
     switch (kDim) {
-      case 64: return kPlain ? KeyTiles{2, 4, 1, 64, 16, false} : KeyTiles{1, 4, 1, 64, 16, false};
-      case 128: return kPlain ? KeyTiles{1, 8, 1, 64, 16, true} : KeyTiles{1, 4, 1, 64, 16, false};
+      case 64: return kPlain ? KeyTiles{2, 4, 1, 64, 32, false} : KeyTiles{1, 4, 1, 64, 16, false};
+      case 128: return kPlain ? KeyTiles{1, 8, 1, 64, 32, true} : KeyTiles{1, 4, 1, 32, 16, false};
       default: return {1, 4, 2, 16, 16, false};
     }
   }
@@ -126,10 +131,10 @@ __device__ float* query_sums_of(const AttentionHead<T>& head, const BackwardLaun
 // And an element of it: they lie in the order of the registers that hold them, 32 lanes side by side, so that each
 // atomic of a warp takes 128 bytes.
 __device__ inline int place_of_sum(const BackwardLaunch& launch, int row, int col) {
-  const int tile_row = col / launch.warp_cols * (launch.block_q / 16) + row / 16;
-  const int register_of_lane =
-      (tile_row * (launch.warp_cols / 8) + col % launch.warp_cols / 8) * 4 + row / 8 % 2 * 2 + col % 2;
-  return register_of_lane * 32 + row % 8 * 4 + col % 8 / 2;
+  const int warp = col / launch.query_cols * (launch.block_q / launch.query_rows) + row / launch.query_rows;
+  const int m = row % launch.query_rows / 16, d = col % launch.query_cols / 8, c = row / 8 % 2 * 2 + col % 2;
+  const int first = warp * launch.query_rows * launch.query_cols;
+  return first + ((m * (launch.query_cols / 8) + d) * 4 + c) * 32 + row % 8 * 4 + col % 8 / 2;
 }
 
 // kPlain: as the forward's; scores are scaled products of keys that causality and window select; scale is positive.
@@ -314,18 +319,20 @@ __global__ void __launch_bounds__(32 * key_tiles<T, kDim, kPlain>().warps())
     commit_copies();
     const QueryStats stats = load_stats(next_of(tile));
 
-    // dQ += dS @ K  [BLOCK_Q, kCols]
+    // dQ += dS @ K  [kRows, kCols]
     if (launch.query_sums != nullptr) {
-      constexpr int kCols = kDim / kTiles.warps(), kQ = BLOCK_Q / 16;
+      constexpr int kRows = kTiles.query_rows(), kCols = kTiles.query_cols(kDim), kQ = kRows / 16;
+      const int first_row = warp % kTiles.query_row_groups() * kRows;
+      const int first_col = warp / kTiles.query_row_groups() * kCols;
       float grad_q[kQ][kCols / 8][4] = {};
 #pragma unroll 2
       for (int k = 0; k < BLOCK_KV; k += kStep<T>) {
         Fragment<T, 4> a[kQ];
 #pragma unroll
-        for (int m = 0; m < kQ; ++m) a[m] = load_left_t(ds_smem, k, m * 16);
+        for (int m = 0; m < kQ; ++m) a[m] = load_left_t(ds_smem, k, first_row + m * 16);
 #pragma unroll
         for (int d = 0; d < kCols / 8; d += 2) {
-          const Fragment<T, 4> keys = load_right(k_smem, k, warp * kCols + d * 8);
+          const Fragment<T, 4> keys = load_right(k_smem, k, first_col + d * 8);
 #pragma unroll
           for (int m = 0; m < kQ; ++m) {
             multiply_add<T>(grad_q[m][d], a[m], keys, 0);
@@ -333,7 +340,7 @@ __global__ void __launch_bounds__(32 * key_tiles<T, kDim, kPlain>().warps())
           }
         }
       }
-      float* sums = query_sums_of(head, launch, tile.h, tile.i, BLOCK_Q) + warp * (BLOCK_Q * kCols) + lane;
+      float* sums = query_sums_of(head, launch, tile.h, tile.i, BLOCK_Q) + warp * (kRows * kCols) + lane;
 #pragma unroll
       for (int m = 0; m < kQ; ++m) {
 #pragma unroll

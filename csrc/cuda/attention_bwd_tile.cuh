@@ -14,11 +14,11 @@ namespace bigkern {
 struct BackwardLaunch {
   int num_tiles;
   bool vectorized;  // query, key, value and grad_out, as copy_rows says
-  // Sums for dQ, if they are made by atomics: [heads, num_query_tiles, query_tile_size]. A tile has block_q queries by
-  // warp_cols features for each warp; the batch's entries have query_tiles_of_entry each, unless packed.
+  // Sums for dQ, if they are made by atomics: [heads, num_query_tiles, query_tile_size]. The batch's entries have
+  // query_tiles_of_entry tiles each, unless packed. A tile of block_q queries is in parts of query_rows by query_cols.
   float* query_sums;
   int64_t num_query_tiles;
-  int query_tiles_of_entry, query_tile_size, block_q, warp_cols;
+  int query_tiles_of_entry, query_tile_size, block_q, query_rows, query_cols;
 };
 
 // The rows of a tile from `row` on as a left operand.
