@@ -48,11 +48,11 @@ def test_int8_products_keep_tensor_cores_busy(cuda_kernels, arch):
     assert len(products) == 8  # 3 tiles for either order of B in memory, 2 for convolutions
     for kernel in products:
         assert kernel.count("LDGSTS"), kernel.name
-        loop = [i.opcode for i in kernel.main_loop()]
+        loop = [i.opcode for i in kernel.main_loop]
         share = sum(opcode.startswith("IMMA.16832.S8.S8") for opcode in loop) / len(loop)
         assert share > (0.15 if "64, 64" in kernel.name else 0.4), f"{kernel.name}: {share}"
     for kernel in of_arch:
         if kernel.base_name == "int8_gemv_kernel":
             opcodes = [i.opcode for i in kernel.instructions]
             assert any(o.startswith("LDG.E.EF.128") for o in opcodes), kernel.name
-            assert kernel.count("IDP.4A"), kernel.name
+            assert kernel.count("IDP"), kernel.name
