@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
+import emulator.ops
 import pytest
 import torch
 from attention_helpers import (
@@ -15,7 +16,7 @@ from attention_helpers import (
     random_grads,
 )
 
-from bigkern import backends
+from bigkern import backends, scaled_dot_product_attention
 from bigkern.ops import reference
 
 DEVICES = ["cpu", "emulated", "cuda"]
@@ -173,9 +174,9 @@ def test_same_bits_in_any_order_of_blocks(emulated_ops, case):
 
     def grads(seed, deterministic):
         emulated_ops.set_schedule("random", seed)
-        return run(backends_ops, case, case.inputs(), case.tensors(), deterministic)[1]
+        ops = torch.ops.bigkern_emulated
+        return run(ops, case, case.inputs(), case.tensors(), deterministic)[1]
 
-    backends_ops = torch.ops.bigkern_emulated
     expected = grads(0, deterministic=True)
     for seed in range(1, 4):
         assert all(map(torch.equal, grads(seed, deterministic=True), expected))
@@ -183,6 +184,22 @@ def test_same_bits_in_any_order_of_blocks(emulated_ops, case):
     assert any(not torch.equal(fast[0][0], other[0]) for other in fast)
     for other in fast:
         assert all(map(torch.equal, other[1:], expected[1:]))
+
+
+@pytest.mark.parametrize("flag", [False, True])
+def test_torchs_flag_is_honoured(emulated_ops, flag):
+    q, k, v = Case(HALF, 1, 2, 2, 20, 30, 64, 64).inputs()
+    q.requires_grad_()
+    torch.use_deterministic_algorithms(flag)
+    try:
+        with emulator.ops.backend():
+            emulated_ops.take_launches()
+            scaled_dot_product_attention(q, k, v).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    names = [launch["kernel"] for launch in emulated_ops.take_launches()]
+    assert any("attention_queries_kernel" in name for name in names) == flag
+    assert any("convert_query_kernel" in name for name in names) != flag
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

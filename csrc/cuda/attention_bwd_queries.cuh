@@ -5,16 +5,17 @@
 
 namespace bigkern {
 
-// By the bytes of a row of kDim elements. A warp has 16 queries. At most 96 kB of shared memory.
+// By the bytes of a row of kDim elements. A warp has 16 queries. At most 96 kB of shared memory. A multiprocessor's
+// registers suffice for so many blocks.
 struct QueryTiles {
-  int warps, block_kv, stages;
+  int warps, block_kv, stages, blocks;
 };
 constexpr QueryTiles query_tiles(int row_bytes) {
   switch (row_bytes) {
-    case 128: return {4, 32, 2};
-    case 256: return {4, 32, 2};
-    case 512: return {4, 16, 2};
-    default: return {2, 16, 1};
+    case 128: return {4, 32, 2, 4};
+    case 256: return {4, 32, 2, 2};
+    case 512: return {4, 16, 2, 2};
+    default: return {2, 16, 1, 2};
   }
 }
 
@@ -67,7 +68,7 @@ struct QueryScores {
 };
 
 template <class T, int kDim, bool kPlain>
-__global__ void __launch_bounds__(32 * query_tiles(kDim * sizeof(T)).warps)
+__global__ void __launch_bounds__(32 * query_tiles(kDim * sizeof(T)).warps, query_tiles(kDim * sizeof(T)).blocks)
     attention_queries_kernel(const __grid_constant__ AttentionProblem p,
                              const __grid_constant__ AttentionBackwardProblem g,
                              const __grid_constant__ BackwardLaunch launch) {
