@@ -213,6 +213,19 @@ BUGS = {
         lambda run, bug: run("read_before_begin", FLOATS[1:33], torch.empty(32), 32, bug),
         r"ld.global\S* at bugs.cu:\d+: .* it begins 4 bytes before argument 0 .*\n.*\(0, 0, 0\)",
     ),
+    "row_past_end": (
+        lambda run, bug: run(
+            *("row_past_end", FLOATS[:196], torch.empty(200)[:196], 28, 7, bug),
+            **{"grid": (1, 2, 1), "block": (16, 16, 1)},
+        ),
+        r"ld.global\S*f32 at bugs.cu:\d+: .* \d+ bytes after the end of argument 0 of 784 bytes\n"
+        r"  in kernel row_past_end, block \(0, 1, 0\), thread \(\d, 12, 0\)",
+    ),
+    "spin": (
+        lambda run, bug: run("spin", torch.zeros(1, dtype=torch.int32), bug, block=(64, 1, 1)),
+        r"deadlock: nanosleep\S* at bugs.cu:\d+ comes back again and again, and nothing else .*\n"
+        r"  in kernel spin, block \(0, 0, 0\), thread \(0, 0, 0\)",
+    ),
     "shared_past_end": (
         lambda run, bug: run("shared_past_end", torch.empty(32), bug, smem=128),
         r"4 bytes at offset 128 are outside the block's 128 bytes of shared memory\n.*\(31, 0, 0\)",

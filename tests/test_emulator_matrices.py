@@ -29,6 +29,15 @@ def test_products(run, name, dtype, k, out_dtype):
     assert torch.equal(out, expected)
 
 
+@pytest.mark.parametrize("clamped", [False, True])
+def test_sums_of_integers_wrap_around_or_are_clamped(run, clamped):
+    a, b = torch.randint(-128, 128, (16, 32)), torch.randint(-128, 128, (8, 32))
+    out = torch.tensor([-(2**31), 2**31 - 1]).repeat(16, 4).int()
+    exact = out.long() + a @ b.T
+    run("product_s8" + clamped * "_clamped", a.char(), b.char(), out)
+    assert torch.equal(out, (exact.clamp(-(2**31), 2**31 - 1) if clamped else exact).int())
+
+
 def test_tf32_ignores_the_lower_bits(run):
     a, b = torch.full((16, 8), 1 + 2.0**-11), torch.eye(8)
     out = torch.zeros(16, 8)

@@ -54,10 +54,11 @@ WRAPPED = [
 
 
 class Sources(NamedTuple):
-    kernels: Sequence[Path]  # .cu
+    kernels: Sequence[Path] = ()  # .cu
     host: Sequence[Path] = ()  # .cpp
     headers: Sequence[Path] = ()  # what they include, besides toolkit and torch
     prelude: Sequence[Path] = ()  # included before each source
+    ptx: Sequence[Path] = ()  # of other compilers, without host code
     architectures: Sequence[str] = ("80",)  # as many translations: "90a" too for Hopper's own code
 
 
@@ -67,7 +68,8 @@ def load(name: str, sources: Sources) -> ModuleType:
     Raises:
         cuda_compiler.NoCompilerError: nothing is cached, and there is no nvcc.
     """
-    inputs = [*sources.kernels, *sources.host, *sources.headers, *TRANSLATOR, *RUNTIME_FILES]
+    files = [*sources.kernels, *sources.host, *sources.headers, *sources.ptx]
+    inputs = [*files, *TRANSLATOR, *RUNTIME_FILES]
     path = _cached(name, ".so", inputs, lambda out: _link(out, sources), sources.architectures)
     full_name = f"{name}.emulated"  # one of each name in a process
     loader = ExtensionFileLoader(full_name, str(path))
@@ -109,6 +111,7 @@ def _run(*command: str | Path) -> str:
 def _link(out: Path, sources: Sources) -> None:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [pool.submit(_kernel_object, file, sources) for file in sources.kernels]
+        jobs += [pool.submit(_ptx_object, file) for file in sources.ptx]
         jobs += [pool.submit(_host_object, file, sources) for file in sources.host]
         jobs += [pool.submit(_runtime_object, file) for file in sorted(RUNTIME.glob("*.cpp"))]
         objects = [job.result() for job in jobs]
@@ -146,6 +149,18 @@ def _kernel_object(source: Path, sources: Sources) -> Path:
     inputs = [source, *sources.headers, *sources.prelude, *TRANSLATOR]
     make = lambda out: _compile(source, sources, out)  # noqa: E731
     return _cached(source.stem, ".cu.o", inputs, make, sources.architectures)
+
+
+def _ptx_object(source: Path) -> Path:
+    register = f"emulator_register_{source.stem}"
+
+    def make(out: Path) -> None:
+        cpp = out.with_suffix(".cpp")
+        known = f"static const int known_ = (register_module({register}(nullptr)), 0);\n"
+        cpp.write_text(translate([source.read_text()], register) + known)
+        _run("g++", *DEVICE, "-c", cpp, "-o", out)
+
+    return _cached(source.stem, ".ptx.o", [source, *TRANSLATOR], make)
 
 
 def _includes(sources: Sources) -> list[str | Path]:

@@ -31,6 +31,10 @@ class Register:
 class Immediate:
     text: str
 
+    @property
+    def number(self) -> int:
+        return int(self.text.rstrip("U"), 0)
+
 
 @dataclass(frozen=True)
 class Symbol:

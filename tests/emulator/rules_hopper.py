@@ -125,7 +125,7 @@ def nothing(c, i):
 @rule("setmaxnreg", "u32", "inc dec sync aligned")
 def set_registers(c, i):
     """A hint here, since there are registers enough."""
-    number = int(i.operands[0].text)
+    number = i.operands[0].number
     if number % 8 or not 24 <= number <= 256:
         raise PtxError(f"{i.source}: no rule for {number} registers")
     return ""

@@ -10,9 +10,9 @@ from emulator.together import Collective
 def copy_async(c, i):
     """Of `size` bytes, those from the fourth operand on are 0 and aren't read."""
     to, source, size, *size_read = i.operands
-    if not isinstance(size, Immediate) or size.text not in ("4", "8", "16"):
+    if not isinstance(size, Immediate) or size.number not in (4, 8, 16):
         raise PtxError(f"{i.source}: no rule for a copy of {size}")
-    n, site = size.text, c.site(i)
+    n, site = size.number, c.site(i)
     count = c.value(size_read[0], "u32") if size_read else n
     to = f"{c.value(to.base, 'u32')} + {to.offset}"
     source = f"{c.value(source.base, 'u64')} + {source.offset}"
@@ -44,13 +44,19 @@ PRODUCTS = {
 SHAPES = "m16n8k4 m16n8k8 m16n8k16 m16n8k32"
 
 
-@rule("mma", "", f"sync aligned {SHAPES} row col f32 f16 bf16 tf32 s32 s8", is_collective=True)
+@rule(
+    "mma",
+    "",
+    f"sync aligned {SHAPES} row col satfinite f32 f16 bf16 tf32 s32 s8",
+    is_collective=True,
+)
 def multiply(c, i):
     d, a, b, accumulator = (o.items for o in i.operands)
     element, elements = PRODUCTS.get(i.modifiers[-4:], ("", 0))
     if i.modifiers[2:5] != (f"m16n8k{4 * len(b) * elements}", "row", "col"):
         raise PtxError(f"{i.source}: no rule for the instruction `{i.text}`")
-    work = f"multiply<{element}, {len(b)}>"
+    saturates = "Saturating" if "satfinite" in i.modifiers else ""  # integers alone may
+    work = f"multiply<{element}{saturates}, {len(b)}>"
     return Collective(work, (*a, *b, *accumulator), tuple((r, "b32") for r in d))
 
 

@@ -13,7 +13,7 @@ PRODUCTS = {
 SHAPES = " ".join(f"m64n{n}k{k}" for n in range(8, 257, 8) for k in (8, 16, 32))
 
 
-@rule("wgmma", "", f"mma_async sync aligned {SHAPES} f32 f16 bf16 tf32 s32 s8")
+@rule("wgmma", "", f"mma_async sync aligned {SHAPES} satfinite f32 f16 bf16 tf32 s32 s8")
 def multiply(c, i):
     """After the matrices: whether D is added; signs of A and B; whether they are transposed."""
     d, a, b, accumulates, *flags = i.operands
@@ -21,7 +21,7 @@ def multiply(c, i):
     n = 2 * len(d.items)
     if i.modifiers[3] != f"m64n{n}k{8 * elements}":
         raise PtxError(f"{i.source}: no rule for the instruction `{i.text}`")
-    numbers = [int(flag.text) for flag in flags]
+    numbers = [flag.number for flag in flags]
     in_registers = isinstance(a, Vector)
     signs = numbers[:2] or [1, 1]
     a_transposed, b_transposed = [0] * (4 - len(numbers)) + numbers[2:] if numbers else [0, 0]
@@ -29,8 +29,9 @@ def multiply(c, i):
     a_matrix = "0" if in_registers else c.value(a, "u64")
     values = [c.addresses(d.items), n, a_registers, a_matrix, c.value(b, "u64")]
     values += [c.value(accumulates, "pred"), a_transposed, b_transposed, *signs]
+    saturates = "Saturating" if "satfinite" in i.modifiers else ""
     product = f"Product{{{', '.join(map(str, values))}}}"
-    return f"start_product({c.site(i)}, multiply_warpgroup<{element}>, {product});"
+    return f"start_product({c.site(i)}, multiply_warpgroup<{element}{saturates}>, {product});"
 
 
 @rule("wgmma", "", "fence sync aligned")

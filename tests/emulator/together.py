@@ -53,8 +53,10 @@ def arrange(stretch: Sequence[Instruction]) -> Iterator[Instruction | list[Instr
 
 def _may_join(i: Instruction) -> bool:
     """Of a whole warp, whatever it does."""
-    has_mask = i.opcode in ("shfl", "elect")
-    is_whole = not has_mask or i.operands[-1] in (Immediate("-1"), Immediate("0xffffffff"))
+    is_whole = True
+    if i.opcode in ("shfl", "elect"):
+        mask = i.operands[-1]
+        is_whole = isinstance(mask, Immediate) and mask.number % 2**32 == 2**32 - 1
     return rules.find(i).is_collective and i.guard is None and is_whole
 
 

@@ -215,7 +215,7 @@ class Context:
             return bit_cast("double", f"0x{match[1]}ull") if kind == "f64" else f"0x{match[1]}ull"
         if not re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)U?", text):
             raise PtxError(f"{self.where}: no rule for the operand {text}")
-        number = int(text.rstrip("U"), 0)
+        number = Immediate(text).number
         if kind == "pred":
             return str(number != 0).lower()
         return f"(({C_TYPES[kind]}){number & 2**64 - 1}ull)"

@@ -161,7 +161,19 @@ void __cudaRegisterVar(void** handle, char* host, char*, const char* name, int, 
     }
   }
 }
+}
 
+void emulator::register_module(void** handle) {
+  __cudaRegisterFatBinaryEnd(handle);
+  for (const Module* const* m = modules_of(handle); *m; ++m) {
+    for (int i = 0; i < (*m)->num_kernels; ++i) {
+      const char* name = (*m)->kernels[i].name;
+      __cudaRegisterFunction(handle, name, nullptr, name, 0, nullptr, nullptr, nullptr, nullptr, nullptr);
+    }
+  }
+}
+
+extern "C" {
 unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t smem, CUstream_st* stream) {
   configurations.push_back({grid, block, smem, stream});
   return 0;

@@ -49,6 +49,9 @@ struct Module {
   bool is_specific;  // sm_90a and the like run on nothing else
 };
 
+// A table of modules, which host code hasn't registered.
+void register_module(void** handle);
+
 // A place in a kernel that accesses memory or meets other threads. It remembers the buffer that it found last.
 struct Site {
   const char *what, *source;
@@ -154,6 +157,7 @@ struct F16;
 struct Bf16;
 struct Tf32;
 struct S8;
+struct S8Saturating;
 template <class Element, int num_b>
 void multiply(const Operation& o, uint32_t* const* slots, uint32_t lanes);
 template <int count, bool is_transposed>

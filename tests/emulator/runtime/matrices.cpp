@@ -47,7 +47,7 @@ void multiply(const Operation& o, uint32_t* const* slots, uint32_t lanes) {
     uint32_t* mine = slots[lane];
     for (int r = 0; r < 4; ++r) {
       const Sum sum = d[lane / 4 + r / 2 * 8][lane % 4 * 2 + r % 2];
-      mine[o.output + r] = rounded(sum, mine[o.inputs[3 * num_b + r]]);
+      mine[o.output + r] = T::add(sum, mine[o.inputs[3 * num_b + r]]);
     }
   }
 }
@@ -75,6 +75,7 @@ INSTANTIATE_PRODUCT(F16)
 INSTANTIATE_PRODUCT(Bf16)
 INSTANTIATE_PRODUCT(Tf32)
 INSTANTIATE_PRODUCT(S8)
+INSTANTIATE_PRODUCT(S8Saturating)
 
 #define INSTANTIATE_LOAD(count)                                                            \
   template void load_matrices<count, false>(const Operation&, uint32_t* const*, uint32_t); \

@@ -42,6 +42,7 @@ struct Queue {
 };
 std::vector<Queue> queues;  // of each warp
 uint32_t running_warp;
+uint32_t idle_turns;  // how often threads have given way since one of them went on
 void* launcher;       // its stack pointer, while a block runs
 std::string failure;  // why the block was abandoned; empty if it wasn't
 
@@ -57,6 +58,9 @@ void switch_to(Fiber* next) {
   current = next;
   switch_stacks(from, next ? next->stack_pointer : launcher);
 }
+
+// Far more than a schedule needs to come to every thread.
+constexpr uint32_t kMaxIdleTurns = 1 << 20;
 
 void make_ready(const Fiber& f) { queues[f.warp].ready |= 1u << f.lane; }
 
@@ -124,6 +128,7 @@ void fiber_main() {
   self().has_exited = true;
   self().waits_at = nullptr;
   --num_live;
+  idle_turns = 0;
   leave_barriers();
   leave_warp();
   run_others();
@@ -172,6 +177,7 @@ void run_block(uint64_t number) {
   reset_warpgroups();
   reset_async();
   num_live = n;
+  idle_turns = 0;
   if (settings.watches & kRaces) begin_race_block(number, n);
   queues.assign((n + kWarp - 1) / kWarp, {});
   for (uint32_t i = 0; i < n; ++i) {
@@ -206,6 +212,7 @@ void wait_for(const void* event, const Site& site) {
 }
 
 void wake(const void* event, int result) {
+  idle_turns = 0;
   const auto n = static_cast<uint32_t>(block.size.count());
   for (uint32_t i = 0; i < n; ++i) {
     Fiber& f = fibers[i];
@@ -217,11 +224,17 @@ void wake(const void* event, int result) {
   begin_turn();
 }
 
-void wake_lanes(uint32_t warp, uint32_t lanes) { queues[warp].ready |= lanes; }
+void wake_lanes(uint32_t warp, uint32_t lanes) {
+  idle_turns = 0;
+  queues[warp].ready |= lanes;
+}
 
 void give_way_to_woken() { run_others(); }
 
 void give_way(const Site& site) {
+  if (++idle_turns > kMaxIdleTurns) {
+    fail("deadlock: %s at %s comes back again and again, and nothing else happens", site.what, site.source);
+  }
   self().waits_at = &site;
   make_ready(self());
   running_warp = (running_warp + 1) % queues.size();

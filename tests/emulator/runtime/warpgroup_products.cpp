@@ -67,7 +67,7 @@ void multiply_warpgroup(const Site& site, const Product* products, uint32_t* con
   }
   for (int t = 0; t < 4 * kWarp; ++t) {
     for (int i = 0; i < first.n / 2; ++i) {
-      sums[t][i] = rounded(d[row_of(t, i)][column_of(t, i)], first.accumulates ? sums[t][i] : 0);
+      sums[t][i] = T::add(d[row_of(t, i)][column_of(t, i)], first.accumulates ? sums[t][i] : 0);
     }
   }
 }
@@ -76,5 +76,6 @@ template void multiply_warpgroup<F16>(const Site&, const Product*, uint32_t* con
 template void multiply_warpgroup<Bf16>(const Site&, const Product*, uint32_t* const*);
 template void multiply_warpgroup<Tf32>(const Site&, const Product*, uint32_t* const*);
 template void multiply_warpgroup<S8>(const Site&, const Product*, uint32_t* const*);
+template void multiply_warpgroup<S8Saturating>(const Site&, const Product*, uint32_t* const*);
 
 }  // namespace emulator
