@@ -185,8 +185,8 @@ def test_bound_of_a_loop(examples):
 
 def test_what_a_large_call_moves_is_found_from_small_ones():
     case = traffic.Case(
-        "x", "x", None, lambda M, N, K: (M * K + N * K, M * N), [(4, 8, 2), (4, 8, 4)], (16, 32, 64),
-        lambda M, N, K: M * N * K,
+        "x", "x", None, lambda M, N, K: (M * K + N * K, M * N),
+        [(4, 8, 2), (4, 8, 4)], (16, 32, 64), lambda M, N, K: M * N * K,
     )  # fmt: skip
     assert traffic.moved_at_large(case, [3 * 32 + 5 * 64, 3 * 32 + 5 * 128]) == pytest.approx(
         3 * 16 * 32 + 5 * 16 * 32 * 64
