@@ -50,7 +50,7 @@ def test_int8_products_keep_tensor_cores_busy(cuda_kernels, arch):
         assert kernel.count("LDGSTS"), kernel.name
         loop = [i.opcode for i in kernel.main_loop]
         share = sum(opcode.startswith("IMMA.16832.S8.S8") for opcode in loop) / len(loop)
-        assert share > (0.15 if "64, 64" in kernel.name else 0.4), f"{kernel.name}: {share}"
+        assert share > (0.15 if "64, 64" in kernel.name else 0.35), f"{kernel.name}: {share}"
     for kernel in of_arch:
         if kernel.base_name == "int8_gemv_kernel":
             opcodes = [i.opcode for i in kernel.instructions]

@@ -302,8 +302,10 @@ __global__ void __launch_bounds__(32 * key_tiles<T, kDim, kPlain>().warps())
               const float low = ds[m][n][2 * half], high = ds[m][n][2 * half + 1];
               T* const to = ds_smem.at(first_key + m * 16 + half * 8 + lane / 4, q + 8 * n, lane % 4 * 2);
               if constexpr (std::is_same_v<T, float>) {
-                // As one number: the compiler splits some of the stores of two.
-                *reinterpret_cast<double*>(to) = __hiloint2double(__float_as_int(high), __float_as_int(low));
+                // Two rows share their banks: while the even one stores its low number, the odd one does the high one.
+                const int odd = lane / 4 % 2;
+                to[odd] = odd ? high : low;
+                to[1 - odd] = odd ? low : high;
               } else {
                 *reinterpret_cast<uint32_t*>(to) = pack_pair<T>(low, high);
               }

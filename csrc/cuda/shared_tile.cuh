@@ -14,14 +14,10 @@ struct SharedTile {
   static_assert(kChunks % 8 == 0);
   T* data;
 
-  // Different for 8 rows, and by more than 1 for 4 that follow one another and for every second of 8: nor do accesses
-  // of 32 bytes of these.
-  static __device__ int swizzle(int row) { return (row % 4 ^ row / 4 % 2) * 2 + row / 4 % 2; }
-
   // Chunk c + lane_c, where lane_c is 0 or 1, then c even: what all lanes have in common stays apart from what they
   // haven't, of which there are but 8 / 2 values to keep in registers, whatever c.
   __device__ T* chunk(int row, int c, int lane_c = 0) const {
-    return data + row * kCols + (c / 8 * 8 + (c % 8 ^ (lane_c ^ swizzle(row)))) * kChunk;
+    return data + row * kCols + (c / 8 * 8 + (c % 8 ^ (lane_c ^ row % 8))) * kChunk;
   }
   // Column col + lane_col, likewise: col is a multiple of 2 chunks, or lane_col within a chunk.
   __device__ T* at(int row, int col, int lane_col = 0) const {
