@@ -15,8 +15,8 @@ cycle and SM (CUDA C++ Programming Guide, arithmetic throughput). So
     share of the tensor cores' peak <= cycles of the products at peak / cycles of the busiest unit
 
 of one pass of the loop; what isn't done in every pass, masks and dropout, is left out. A call
-(traffic.py) besides takes at least the time for which L2 serves the bytes that the emulator saw
-its threads ask for (5120 bytes a cycle: the A100's whitepaper, taken for the H100 too), and DRAM
+(traffic.py) besides takes at least the time for which L2 serves the sectors that the emulator saw
+its warps ask for (5120 bytes a cycle: the A100's whitepaper, taken for the H100 too), and DRAM
 the bytes that it must read and write. Its bound is a share of the roofline: of the tensor cores'
 peak or of DRAM's bandwidth, whichever is nearer.
 """

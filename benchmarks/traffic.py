@@ -1,5 +1,6 @@
 """The bytes that calls of the ops move, as the tests' emulator counts them on the CPU."""
 
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,18 +16,21 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from cuda_compiler import NoCompilerError as NoCompilerError
 from emulator import ops
 
+SECTOR_BYTES = 32
+
 
 @dataclass(frozen=True)
 class Case:
-    """A call of an op. It is emulated at the size `small`; at `large` it reads more by the ratio of
-    the products, or of the least where there are none, and writes more by the ratio of the least.
+    """A call of an op, emulated at the sizes `small`. What it moves at `large` is more by the ratio
+    of the least. If it multiplies, a part of it grows as the products, and a part as the results:
+    two sizes tell them.
     """
 
     name: str
     op: str
     prepare: Callable[..., Callable[[], object]]  # the call
     least: Callable[..., tuple[int, int]]  # bytes of the inputs and of the outputs
-    small: tuple[int, ...]
+    small: list[tuple[int, ...]]
     large: tuple[int, ...]
     products: Callable[..., int] = lambda *size: 0  # multiply-adds
     rate: float = 1.0  # of the tensor cores: 1 for half precision
@@ -84,14 +88,14 @@ def products(M: int, N: int, K: int) -> int:
 
 
 CASES = [
-    Case("Adam, float32", "adam_", adam, lambda n: (16 * n, 12 * n), (2**16,), (2**24,)),
+    Case("Adam, float32", "adam_", adam, lambda n: (16 * n, 12 * n), [(2**16,)], (2**24,)),
     *(
         Case(
             f"attention, bfloat16, E {E}",
             "attention",
             attention_forward,
             forward_least,
-            (256, 256, E),
+            [(128, 128, E), (256, 256, E)],
             (16384, 16384, E),
             lambda *size: 2 * products(*size),
         )
@@ -103,7 +107,7 @@ CASES = [
             "attention_backward",
             attention_backward,
             backward_least,
-            (256, 256, E),
+            [(128, 128, E), (256, 256, E)],
             (16384, 16384, E),
             lambda *size: 5 * products(*size),
         )
@@ -114,7 +118,7 @@ CASES = [
         "attention",
         attention_forward,
         forward_least,
-        (1, 1024, 128),
+        [(1, 1024, 128)],
         (1, 2**19, 128),
     ),
     # As many tiles as on a card with all SMs busy, so that the large tile is taken.
@@ -123,7 +127,7 @@ CASES = [
         "int8_mm",
         int8_mm,
         lambda M, N, K: (M * K + N * K, 4 * M * N),
-        (2048, 2048, 64),
+        [(2048, 2048, 64), (2048, 2048, 128)],
         (8192, 8192, 8192),
         products,
         2.0,
@@ -133,7 +137,7 @@ CASES = [
         "int8_linear",
         int8_linear,
         lambda M, N, K: (2 * M * K + N * K + 8 * N, 2 * M * N),
-        (2048, 2048, 64),
+        [(2048, 2048, 64), (2048, 2048, 128)],
         (8192, 8192, 8192),
         products,
         2.0,
@@ -143,7 +147,7 @@ CASES = [
         "weight_only_linear",
         weight_only_linear,
         lambda M, N, K: (2 * M * K + N * K + 4 * N, 2 * M * N),
-        (1, 1024, 1024),
+        [(1, 1024, 1024)],
         (1, 8192, 8192),
     ),
 ]
@@ -159,39 +163,59 @@ def emulate_all(card: str = "h100") -> tuple[list[dict], dict[str, int]]:
     controls = ops.load()
     calls, dynamic_smem = [], {}
     controls.set_device(card)
+    controls.count_sectors(True)
     try:
         with ops.backend():
             for case in CASES:
                 if "emulated" not in backends.table()[case.op]:
                     continue
-                call = case.prepare(*case.small)
-                controls.take_launches()
-                call()
-                launches = controls.take_launches()
+                launches = []
+                for size in case.small:
+                    call = case.prepare(*size)
+                    controls.take_launches()
+                    call()
+                    launches.append(controls.take_launches())
                 calls.append(describe(case, launches))
-                for launch in launches:
+                for launch in itertools.chain(*launches):
                     name = short_name(launch["kernel"])
                     dynamic_smem[name] = max(dynamic_smem.get(name, 0), launch["dynamic_smem"])
     finally:
+        controls.count_sectors(False)
         controls.set_device("h100")
     return calls, dynamic_smem
 
 
-def describe(case: Case, launches: list[dict]) -> dict:
-    read, written = (sum(x[f"global_{kind}"] for x in launches) for kind in ("read", "written"))
-    least, large = case.least(*case.small), case.least(*case.large)
-    products = case.products(*case.large)
-    growth = products / case.products(*case.small) if products else large[0] / least[0]
+def describe(case: Case, launches: list[list[dict]]) -> dict:
+    """`launches` of each small size."""
+    # Each warp's access takes whole sectors, each once for all its lanes.
+    read, written = (
+        [SECTOR_BYTES * sum(launch[f"sectors_{kind}"] for launch in each) for each in launches]
+        for kind in ("read", "written")
+    )
     return {
         "call": case.name,
-        "kernels": [short_name(launch["kernel"]) for launch in launches],
-        "emulated_size": case.small,
-        "emulated_read": read,
-        "emulated_written": written,
-        "emulated_least": sum(least),
+        "kernels": [short_name(launch["kernel"]) for launch in launches[-1]],
+        "emulated_size": case.small[-1],
+        "emulated_read": read[-1],
+        "emulated_written": written[-1],
+        "emulated_least": sum(case.least(*case.small[-1])),
         "size": case.large,
-        "moved": read * growth + written * large[1] / least[1],
-        "least": sum(large),
-        "flops": 2 * products,
+        "moved": moved_at_large(case, [r + w for r, w in zip(read, written, strict=True)]),
+        "least": sum(case.least(*case.large)),
+        "flops": 2 * case.products(*case.large),
         "rate": case.rate,
     }
+
+
+def moved_at_large(case: Case, moved: list[int]) -> float:
+    """From the bytes at the small sizes."""
+    least = [case.least(*size) for size in (*case.small, case.large)]
+    if len(moved) == 1:
+        return moved[0] * sum(least[-1]) / sum(least[0])
+    # moved = a * results + b * products
+    products = [case.products(*size) for size in (*case.small, case.large)]
+    results = [written for _, written in least]
+    determinant = results[0] * products[1] - results[1] * products[0]
+    a = (moved[0] * products[1] - moved[1] * products[0]) / determinant
+    b = (results[0] * moved[1] - results[1] * moved[0]) / determinant
+    return a * results[2] + b * products[2]

@@ -183,6 +183,18 @@ def test_bound_of_a_loop(examples):
     assert units["tensor cores"] == pytest.approx(8 / 0.63)
 
 
+def test_what_a_large_call_moves_is_found_from_small_ones():
+    case = traffic.Case(
+        "x", "x", None, lambda M, N, K: (M * K + N * K, M * N),
+        [(4, 8, 2), (4, 8, 4)], (16, 32, 64), lambda M, N, K: M * N * K,
+    )  # fmt: skip
+    assert traffic.moved_at_large(case, [3 * 32 + 5 * 64, 3 * 32 + 5 * 128]) == pytest.approx(
+        3 * 16 * 32 + 5 * 16 * 32 * 64
+    )
+    case = traffic.Case("x", "x", None, lambda n: (2 * n, n), [(10,)], (1000,))
+    assert traffic.moved_at_large(case, [45]) == 4500
+
+
 def test_bound_of_a_call():
     call = {"kernels": ["f"], "flops": 312e12, "rate": 1.0, "least": 2.039e11, "moved": 0}
     assert static_report.call_bound(call, {}, "A100").share == 1.0
