@@ -139,7 +139,7 @@ __device__ inline int place_of_sum(const BackwardLaunch& launch, int row, int co
 
 // kPlain: as the forward's; scores are scaled products of keys that causality and window select; scale is positive.
 template <class T, int kDim, bool kPlain>
-__global__ void __launch_bounds__(32 * key_tiles<T, kDim, kPlain>().warps())
+__global__ void __launch_bounds__(32 * key_tiles<T, kDim, kPlain>().warps(), 8 / key_tiles<T, kDim, kPlain>().warps())
     attention_keys_kernel(const __grid_constant__ AttentionProblem p,
                           const __grid_constant__ AttentionBackwardProblem g,
                           const __grid_constant__ BackwardLaunch launch) {

@@ -6,8 +6,8 @@
 
 namespace bigkern {
 
-// Rows of kCols elements. Chunk c of row r, of 16 bytes, lies at chunk c ^ swizzle(r): then neither ldmatrix, which
-// reads a chunk of each of 8 rows, nor copies of whole rows meet in a bank.
+// Rows of kCols elements. Chunk c of row r, of 16 bytes, lies at chunk c ^ r % 8: then neither ldmatrix, which reads a
+// chunk of each of 8 rows, nor copies of whole rows meet in a bank.
 template <class T, int kCols>
 struct SharedTile {
   static constexpr int kChunk = 16 / sizeof(T), kChunks = kCols / kChunk;
