@@ -3,10 +3,10 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <string>
-#include <tuple>
 
 #include "attention.h"
 #include "tensors.h"
@@ -26,6 +26,7 @@ struct AttentionOptions {
   bool is_causal;
   int64_t window_left, window_right;
   double softcap, dropout_p;
+  int64_t max_seqlen_q, max_seqlen_k;
 
   bool is_packed() const { return cu_seqlens_q.has_value(); }
 };
@@ -38,7 +39,7 @@ struct AttentionOptions {
 #define ATTENTION_ARGUMENTS                                                                                           \
   AttentionOptions {                                                                                                  \
     attn_mask, alibi_slopes, philox, cu_seqlens_q, cu_seqlens_k, seqlens_q, seqlens_k, scale, is_causal, window_left, \
-        window_right, softcap, dropout_p                                                                              \
+        window_right, softcap, dropout_p, max_seqlen_q, max_seqlen_k                                                  \
   }
 
 // [B, H, L, E], or packed [total, H, E].
@@ -53,12 +54,19 @@ inline AnyStrided strided_stats(const Tensor& t, bool is_packed) {
   return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), 1};
 }
 
+// Whether the host can read the tensors, and so check the lengths in them.
+enum class Memory { kHost, kDevice };
+
 class AttentionDoor {
  public:
-  AttentionDoor(const Tensor& query, const Tensor& key, const OptionalTensor& value, const AttentionOptions& options)
+  AttentionDoor(const Tensor& query, const Tensor& key, const OptionalTensor& value, const AttentionOptions& options,
+                Memory memory)
       : query_(query), key_(key), options_(options), device_(device_of(query)) {
+    problem.device_type = device_.type;
+    problem.device_index = device_.index;
     check_inputs(value);
     read_sequences();
+    if (memory == Memory::kHost) check_lengths();
     read_mask();
     read_alibi();
     read_rest();
@@ -90,6 +98,12 @@ class AttentionDoor {
   std::vector<int64_t> stats_sizes() const {
     if (options_.is_packed()) return {problem.heads, query_.size(0)};
     return {problem.batch, problem.heads, query_.size(2)};
+  }
+
+  Tensor empty_stats() const {
+    const ScalarType dtype = accumulation_type(problem.dtype);
+    if (options_.is_packed()) return empty_in_order(query_, stats_sizes(), {1, 0}, dtype);
+    return empty_in_order(query_, stats_sizes(), {2, 1, 0}, dtype);
   }
 
   void read_stats(const Tensor& row_max, const Tensor& row_sum) {
@@ -152,15 +166,6 @@ class AttentionDoor {
     problem.key = strided(key_, is_packed);
   }
 
-  // The values of a tensor of lengths, read where the CPU can.
-  const int32_t* lengths(const char* name, const OptionalTensor& t, int64_t n) const {
-    BK_CHECK(t->dim() == 1 && t->size(0) == n, name, " must have shape [", n, "], got ", shape(*t));
-    BK_CHECK(t->scalar_type() == ScalarType::Int, name, " must be torch.int32, got ", bigkern::name(t->scalar_type()));
-    BK_CHECK(n < 2 || t->stride(0) == 1, name, " must be contiguous, got a stride of ", t->stride(0));
-    check_device(name, *t);
-    return static_cast<const int32_t*>(t->data_ptr());
-  }
-
   void read_sequences() {
     BK_CHECK(options_.cu_seqlens_q.has_value() == options_.cu_seqlens_k.has_value(),
              "cu_seqlens_q and cu_seqlens_k must be given together, got only ",
@@ -171,48 +176,58 @@ class AttentionDoor {
       BK_CHECK(options_.cu_seqlens_q->dim() == 1 && options_.cu_seqlens_q->size(0) > 0,
                "cu_seqlens_q must have shape [batch + 1], got ", shape(*options_.cu_seqlens_q));
       problem.batch = options_.cu_seqlens_q->size(0) - 1;
-      problem.sequences.resize(problem.batch);
-      const int32_t* q = cumulative("cu_seqlens_q", options_.cu_seqlens_q, query_.size(0));
-      const int32_t* k = cumulative("cu_seqlens_k", options_.cu_seqlens_k, key_.size(0));
-      for (int64_t b = 0; b < problem.batch; ++b) {
-        problem.sequences[b] = {q[b], q[b + 1] - q[b], k[b], k[b + 1] - k[b]};
-      }
+      problem.cu_seqlens_q = lengths("cu_seqlens_q", options_.cu_seqlens_q, problem.batch + 1);
+      problem.cu_seqlens_k = lengths("cu_seqlens_k", options_.cu_seqlens_k, problem.batch + 1);
+      problem.q_rows = query_.size(0);
+      problem.k_rows = key_.size(0);
+      problem.max_q_len = options_.max_seqlen_q;
+      problem.max_k_len = options_.max_seqlen_k;
     } else {
       problem.batch = query_.size(0);
-      problem.sequences.assign(problem.batch, {0, query_.size(2), 0, key_.size(2)});
-      if (options_.seqlens_q) {
-        const int32_t* q = bounded("seqlens_q", options_.seqlens_q, query_.size(2));
-        for (int64_t b = 0; b < problem.batch; ++b) problem.sequences[b].q_len = q[b];
-      }
-      if (options_.seqlens_k) {
-        const int32_t* k = bounded("seqlens_k", options_.seqlens_k, key_.size(2));
-        for (int64_t b = 0; b < problem.batch; ++b) problem.sequences[b].k_len = k[b];
-      }
+      problem.max_q_len = problem.q_rows = query_.size(2);
+      problem.max_k_len = problem.k_rows = key_.size(2);
+      if (options_.seqlens_q) problem.seqlens_q = lengths("seqlens_q", options_.seqlens_q, problem.batch);
+      if (options_.seqlens_k) problem.seqlens_k = lengths("seqlens_k", options_.seqlens_k, problem.batch);
     }
-    for (const AttentionSequence& s : problem.sequences) {
+  }
+
+  const int32_t* lengths(const char* name, const OptionalTensor& t, int64_t n) const {
+    BK_CHECK(t->dim() == 1 && t->size(0) == n, name, " must have shape [", n, "], got ", shape(*t));
+    BK_CHECK(t->scalar_type() == ScalarType::Int, name, " must be torch.int32, got ", bigkern::name(t->scalar_type()));
+    BK_CHECK(n < 2 || t->stride(0) == 1, name, " must be contiguous, got a stride of ", t->stride(0));
+    check_device(name, *t);
+    return static_cast<const int32_t*>(t->data_ptr());
+  }
+
+  void check_lengths() {
+    if (options_.is_packed()) {
+      check_cumulative("cu_seqlens_q", problem.cu_seqlens_q, query_.size(0));
+      check_cumulative("cu_seqlens_k", problem.cu_seqlens_k, key_.size(0));
+    }
+    check_bounded("seqlens_q", problem.seqlens_q, problem.q_rows);
+    check_bounded("seqlens_k", problem.seqlens_k, problem.k_rows);
+    problem.max_q_len = problem.max_k_len = 0;
+    for (int64_t b = 0; b < problem.batch; ++b) {
+      const AttentionSequence s = problem.sequence(b);
       problem.max_q_len = std::max(problem.max_q_len, s.q_len);
       problem.max_k_len = std::max(problem.max_k_len, s.k_len);
     }
   }
 
-  const int32_t* cumulative(const char* name, const OptionalTensor& t, int64_t total) const {
-    const int32_t* starts = lengths(name, t, problem.batch + 1);
+  void check_cumulative(const char* name, const int32_t* starts, int64_t total) const {
     BK_CHECK(starts[0] == 0, name, " must start with 0, got ", starts[0]);
     for (int64_t b = 0; b < problem.batch; ++b) {
       BK_CHECK(starts[b] <= starts[b + 1], name, " must not decrease, got ", starts[b], " before ", starts[b + 1]);
     }
     BK_CHECK(starts[problem.batch] == total, name, " must end with the number of rows, ", total, ", got ",
              starts[problem.batch]);
-    return starts;
   }
 
-  const int32_t* bounded(const char* name, const OptionalTensor& t, int64_t most) const {
-    const int32_t* values = lengths(name, t, problem.batch);
-    for (int64_t b = 0; b < problem.batch; ++b) {
+  void check_bounded(const char* name, const int32_t* values, int64_t most) const {
+    for (int64_t b = 0; values != nullptr && b < problem.batch; ++b) {
       BK_CHECK(0 <= values[b] && values[b] <= most, name, " must be from 0 to ", most, ", got ", values[b],
                " for entry ", b);
     }
-    return values;
   }
 
   void read_mask() {
@@ -278,9 +293,8 @@ class AttentionDoor {
     problem.dropout_threshold = static_cast<uint32_t>(std::floor(options_.dropout_p * kSteps + 0.5));
     const int64_t kept = kSteps - problem.dropout_threshold;
     problem.keep_scale = kept == 0 ? 0.0 : static_cast<double>(kSteps) / kept;
-    const int64_t* seed = static_cast<const int64_t*>(philox.data_ptr());
-    problem.philox_seed = static_cast<uint64_t>(seed[0]);
-    problem.philox_offset = static_cast<uint32_t>(seed[philox.stride(0)]);
+    problem.philox = static_cast<const int64_t*>(philox.data_ptr());
+    problem.philox_stride = philox.stride(0);
   }
 
   const Tensor& query_;
@@ -288,37 +302,5 @@ class AttentionDoor {
   const AttentionOptions& options_;
   Device device_;
 };
-
-// A tensor with the sizes of `like` but for the last, dense, in the order of memory of `like`: [B, H, L, E] or, where a
-// position's heads lie side by side, [B, L, H, E].
-inline Tensor empty_like_attention(const Tensor& like, int64_t last) {
-  if (like.dim() == 3) return torch::stable::new_empty(like, {like.size(0), like.size(1), last});
-  const int64_t B = like.size(0), H = like.size(1), L = like.size(2);
-  if (like.stride(1) < like.stride(2)) {
-    return torch::stable::transpose(torch::stable::new_empty(like, {B, L, H, last}), 1, 2);
-  }
-  return torch::stable::new_empty(like, {B, H, L, last});
-}
-
-// attention, given a device's forward.
-template <void (*forward)(const AttentionProblem&)>
-std::tuple<Tensor, Tensor, Tensor> attention_op(Tensor query, Tensor key, Tensor value, ATTENTION_PARAMETERS) {
-  const AttentionOptions options = ATTENTION_ARGUMENTS;
-  AttentionDoor door(query, key, value, options);
-  AttentionProblem& problem = door.problem;
-  Tensor out = empty_like_attention(query, problem.value_dim);
-  const ScalarType accumulated = accumulation_type(problem.dtype);
-  Tensor row_max = torch::stable::new_empty(query, door.stats_sizes(), accumulated);
-  Tensor row_sum = torch::stable::new_empty(query, door.stats_sizes(), accumulated);
-  if (options.seqlens_q) {  // the rows that aren't there
-    torch::stable::zero_(out);
-    torch::stable::fill_(row_max, -std::numeric_limits<double>::infinity());
-    torch::stable::zero_(row_sum);
-  }
-  problem.out = strided(out, options.is_packed());
-  door.read_stats(row_max, row_sum);
-  forward(problem);
-  return {out, row_max, row_sum};
-}
 
 }  // namespace bigkern

@@ -111,6 +111,7 @@ def test_any_strides(device):
 
 # Groups, and outputs of a group: those that are packed as one, by up to 16, and those that aren't.
 @pytest.mark.parametrize(("groups", "outputs"), [(1, 51), (3, 17), (34, 1), (23, 1), (6, 2)])
+@pytest.mark.sanitize
 def test_small_groups(groups, outputs, device):
     weight = make_weight(groups * outputs, groups * 3, (2, 3), groups)
     weight_q, scale = (on(device, t) for t in weight)

@@ -123,6 +123,7 @@ def test_longer_sums_are_modulo_2_to_the_32(device):
     ("lead_a", "lead_b"),
     [((3,), (3,)), ((2, 3), (3,)), ((), (4,)), ((2, 1), (1, 3)), ((5,), (1,))],
 )
+@pytest.mark.sanitize
 def test_batches_broadcast(device, lead_a, lead_b):
     a = integers((*lead_a, 7, 19), device=device)
     b = integers((*lead_b, 19, 33), "columns", seed=1, device=device)
@@ -250,6 +251,7 @@ def test_activations_near_and_far_from_zero(device, activation):
 
 
 @pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.sanitize
 def test_linear_with_static_scale(device, per_row):
     x = floats(2, 5, 60, device=device)
     weight, weight_scale = bigkern.quantize_rows(floats(20, 60, seed=1, device=device))
@@ -300,6 +302,7 @@ def unpack(packed, N, K):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 127), (64, 512), (100, 1000)])
+@pytest.mark.sanitize
 def test_pack_and_unpack(device, shape):
     weight = integers(shape, device=device)
     for layout in ("rows", "columns", "strided"):
@@ -328,6 +331,7 @@ def test_weight_only(device, shape, group_size, dtype):
 
 
 @pytest.mark.parametrize("lead", [(), (4,), (2, 3), (0,), (2, 0)])
+@pytest.mark.sanitize
 def test_leading_dimensions(device, lead):
     x = floats(*lead, 30, device=device)
     weight, scale = bigkern.quantize_rows(floats(20, 30, seed=1, device=device))
@@ -338,6 +342,7 @@ def test_leading_dimensions(device, lead):
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 0), (3, 0, 5), (0, 5, 5)])
+@pytest.mark.sanitize
 def test_empty(device, shape):
     M, N, K = shape
     x, bias = torch.ones(M, K, device=device), torch.arange(N, device=device).float()

@@ -35,6 +35,7 @@ def assert_is_the_reference(shape, dtype, device):
             assert torch.equal(int8_scaled_mm(left, right, scale, out_dtype=dtype), expected)
 
 
+@pytest.mark.sanitize
 def test_a_scale_of_nan_shows(device):
     scale = torch.tensor([1.0, torch.nan, 0.0], device=device)
     y = int8_scaled_mm(make(3, 4, device=device), make(4, 5, device=device), scale)

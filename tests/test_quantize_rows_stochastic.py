@@ -77,6 +77,7 @@ def test_rounding_depends_on_seed_offset_row_and_column(device):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.sanitize
 def test_rows_that_are_not_finite(value, device):
     x = torch.ones(3, 100, device=device)
     x[1, 70] = value

@@ -73,8 +73,8 @@ def scaled_dot_product_attention(
         return_lse: return the log-sum-exp :math:`\log \sum_j e^{s_{ij}}` too, -inf where a query
             meets no key: (..., H, L) in float32 (float64 for float64), differentiable.
         generator: draws the seed of dropout; by default torch's, of query's device.
-        deterministic: by default what :func:`torch.use_deterministic_algorithms` says. On the CPU
-            it always is.
+        deterministic: by default what :func:`torch.use_deterministic_algorithms` says. The CPU
+            always is; a GPU otherwise sums up query's gradient in any order, which is faster.
 
     Returns:
         (..., H, L, Ev) in query's dtype and, where the last dimensions allow, its order in memory

@@ -1,5 +1,5 @@
 // attention_backward on the CPU.
-#include "../attention_call.h"
+#include "../attention_ops.h"
 #include "../philox.h"
 #include "attention_units.h"
 #include "workspace.h"
@@ -38,7 +38,7 @@ std::vector<AttentionBackwardUnit> units_of(const AttentionProblem& problem) {
   const bool at_once = num_heads % torch::stable::get_num_threads() == 0 || num_heads > 64;
   constexpr int64_t kQueries = 2 * kBackwardBlockQ;
   for (int64_t b = 0; b < problem.batch; ++b) {
-    const auto [q_begin, q_len, k_begin, k_len] = problem.sequences[b];
+    const auto [q_begin, q_len, k_begin, k_len] = problem.sequence(b);
     for (int64_t kv_head = 0; kv_head < problem.kv_heads; ++kv_head) {
       const int64_t h = kv_head * group;
       if (at_once) {
@@ -66,13 +66,13 @@ std::vector<ColumnRange> blocks(int64_t mask_size, int64_t size, int64_t block) 
   return ranges;
 }
 
-void attention_mask_grad(const AttentionBackwardProblem& backward, int64_t num_rows, int64_t num_cols) {
+void attention_mask_grad(const AttentionBackwardProblem& backward) {
   const AttentionProblem& problem = *backward.forward;
   std::vector<AttentionMaskUnit> units;
   for (const ColumnRange& b : blocks(problem.mask_batch, problem.batch, 1)) {
     for (const ColumnRange& h : blocks(problem.mask_heads, problem.heads, 1)) {
-      for (const ColumnRange& i : blocks(problem.mask_rows, num_rows, kBackwardBlockQ)) {
-        for (const ColumnRange& j : blocks(problem.mask_cols, num_cols, kBlockKV)) units.push_back({b, h, i, j});
+      for (const ColumnRange& i : blocks(problem.mask_rows, problem.q_rows, kBackwardBlockQ)) {
+        for (const ColumnRange& j : blocks(problem.mask_cols, problem.k_rows, kBlockKV)) units.push_back({b, h, i, j});
       }
     }
   }
@@ -102,57 +102,12 @@ void attention_backward(const AttentionBackwardProblem& backward) {
   });
 }
 
-using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
-BackwardResult attention_backward_op(Tensor grad_out, OptionalTensor grad_lse, Tensor query, Tensor key, Tensor value,
-                                     Tensor out, Tensor row_max, Tensor row_sum, ATTENTION_PARAMETERS,
-                                     bool needs_mask_grad, bool /*deterministic: always*/) {
-  const AttentionOptions options = ATTENTION_ARGUMENTS;
-  AttentionDoor door(query, key, value, options);
-  AttentionProblem& problem = door.problem;
-  const bool is_packed = options.is_packed();
-  const ScalarType accumulated = accumulation_type(problem.dtype);
-  door.read_stats(row_max, row_sum);
-  door.check_out("out", out);
-  door.check_out("grad_out", grad_out);
-  if (grad_lse) door.check_like("grad_lse", *grad_lse, row_max, "row_max", accumulated);
-  BK_CHECK(!needs_mask_grad || (options.attn_mask && problem.mask_dtype != ScalarType::Bool),
-           "needs_mask_grad needs an additive attn_mask, got ", options.attn_mask ? "a bool one" : "none");
-  problem.out = strided(out, is_packed);
-  // An expanded gradient, as a sum gives, is copied once instead of being read element by element for each tile.
-  if (grad_out.stride(grad_out.dim() - 1) != 1) grad_out = torch::stable::contiguous(grad_out);
-
-  AttentionBackwardProblem backward{&problem};
-  backward.grad_out = strided(grad_out, is_packed);
-  if (grad_lse) backward.grad_lse = strided_stats(*grad_lse, is_packed);
-  const Tensor delta = torch::stable::new_empty(query, door.stats_sizes(), accumulated);
-  backward.delta = strided_stats(delta, is_packed);
-  Tensor grad_query = empty_like_attention(query, problem.head_dim);
-  Tensor grad_key = empty_like_attention(key, problem.head_dim);
-  Tensor grad_value = empty_like_attention(value, problem.value_dim);
-  if (options.seqlens_q) torch::stable::zero_(grad_query);  // rows that aren't there
-  if (options.seqlens_k) {
-    torch::stable::zero_(grad_key);
-    torch::stable::zero_(grad_value);
-  }
-  backward.grad_query = strided(grad_query, is_packed);
-  backward.grad_key = strided(grad_key, is_packed);
-  backward.grad_value = strided(grad_value, is_packed);
-  attention_backward(backward);
-
-  Tensor grad_mask = torch::stable::new_empty(query, {0});
-  if (needs_mask_grad) {
-    const Tensor& mask = *options.attn_mask;
-    grad_mask = torch::stable::new_empty(mask, {mask.size(0), mask.size(1), mask.size(2), mask.size(3)});
-    torch::stable::zero_(grad_mask);
-    backward.grad_mask = strided(grad_mask, false);
-    attention_mask_grad(backward, query.size(2), key.size(2));
-  }
-  return {grad_query, grad_key, grad_value, grad_mask};
-}
-
 }  // namespace
 
 }  // namespace bigkern
 
-STABLE_TORCH_LIBRARY_IMPL(bigkern, CPU, m) { m.impl("attention_backward", TORCH_BOX(&bigkern::attention_backward_op)); }
+STABLE_TORCH_LIBRARY_IMPL(bigkern, CPU, m) {
+  using namespace bigkern;
+  m.impl("attention_backward",
+         TORCH_BOX((&attention_backward_op<Memory::kHost, attention_backward, attention_mask_grad>)));
+}

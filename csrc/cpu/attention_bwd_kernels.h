@@ -183,7 +183,7 @@ class AttentionBackward {
   }
 
   BK_TARGET void store_keys(int64_t j) {
-    const AttentionSequence& sequence = problem_.sequences[unit_.b];
+    const AttentionSequence sequence = problem_.sequence(unit_.b);
     const int64_t kv_head = unit_.h_begin / problem_.group();
     for (int64_t r = 0; r < std::min(kBlockKV, sequence.k_len - j); ++r) {
       const int64_t row = sequence.k_begin + j + r;
@@ -198,7 +198,7 @@ class AttentionBackward {
     const int64_t num_queries = unit_.i_end - unit_.i_begin;
     for (int64_t h = 0; h < unit_.num_heads; ++h) {
       for (int64_t i = 0; i < num_queries; ++i, grad_q += tile_.q_row) {
-        const int64_t row = problem_.sequences[unit_.b].q_begin + unit_.i_begin + i;
+        const int64_t row = problem_.sequence(unit_.b).q_begin + unit_.i_begin + i;
         scale_row<V>(grad_q, tile_.q_row, Scalar(problem_.scale));
         store_row<V>(grad_q, problem_.head_dim, backward_.grad_query.as<T>().at(unit_.b, unit_.h_begin + h, row));
       }
@@ -218,7 +218,7 @@ BK_TARGET void attention_delta(const AttentionBackwardProblem& backward, int64_t
   using Scalar = typename V::Scalar;
   const AttentionProblem& problem = *backward.forward;
   const Strided<const T> grad_out = backward.grad_out.as<const T>(), out = problem.out.as<const T>();
-  const AttentionSequence& sequence = problem.sequences[b];
+  const AttentionSequence sequence = problem.sequence(b);
   for (int64_t i = sequence.q_begin; i < sequence.q_begin + sequence.q_len; ++i) {
     const T *x = grad_out.at(b, h, i), *y = out.at(b, h, i);
     Scalar sum = 0;
@@ -257,11 +257,11 @@ class AttentionMaskGrad {
     for (int64_t b = unit_.b.begin; b < unit_.b.end; ++b) {
       for (int64_t h = unit_.h.begin; h < unit_.h.end; ++h) {
         for (int64_t i = unit_.i.begin; i < unit_.i.end; i += kBackwardBlockQ) {
-          const int64_t rows = std::min({kBackwardBlockQ, unit_.i.end - i, problem_.sequences[b].q_len - i});
+          const int64_t rows = std::min({kBackwardBlockQ, unit_.i.end - i, problem_.sequence(b).q_len - i});
           if (rows <= 0) continue;
           AttentionTile<V, T> tile(problem_, b, h, 1, i, rows);
           bool is_packed = false;
-          for (int64_t j = unit_.j.begin; j < std::min(unit_.j.end, problem_.sequences[b].k_len); j += kBlockKV) {
+          for (int64_t j = unit_.j.begin; j < std::min(unit_.j.end, problem_.sequence(b).k_len); j += kBlockKV) {
             if (!tile.move_to(j)) continue;
             if (!is_packed) tile_.pack_queries(tile, backward_.grad_out);
             is_packed = true;

@@ -1,5 +1,5 @@
 // attention on the CPU: the forward.
-#include "../attention_call.h"
+#include "../attention_ops.h"
 #include "../philox.h"
 #include "attention_units.h"
 #include "workspace.h"
@@ -20,18 +20,20 @@ namespace bigkern {
 
 namespace {
 
-// Keys are split only where there are few queries: then more units than threads are needed to share the work. How many
-// doesn't depend on the threads, so that the result doesn't either.
+// Keys are split only where there are few queries: then more units than threads are needed to share the work, if that
+// is worth it. How many doesn't depend on the threads, so that the result doesn't either.
 constexpr int64_t kRowsOfMicro = scalar::kGemmRows;  // of every instruction set
 constexpr int64_t kFewRows = 384, kUnitsWanted = 64, kLeastKeys = 512;
+constexpr double kLeastWork = kWorkPerThread / 4;
 constexpr int64_t kTileElements = 128 << 10;  // of queries and of their results: half a cache of 1 MiB
 constexpr int64_t kTilesPerThread = 4;
 
 int64_t num_splits(const AttentionProblem& problem) {
   const int64_t num_tiles = problem.batch * problem.kv_heads;
   if (num_tiles == 0 || problem.max_q_len * problem.group() > kFewRows) return 1;
+  const int64_t units = std::min<double>(kUnitsWanted, work_of(problem) / kLeastWork);
   const int64_t most = ceil_div(problem.max_k_len, kLeastKeys);
-  return std::clamp<int64_t>(kUnitsWanted / num_tiles, 1, std::max<int64_t>(most, 1));
+  return std::clamp<int64_t>(units / num_tiles, 1, std::max<int64_t>(most, 1));
 }
 
 // The larger a tile, the less often the keys are packed. The results don't depend on it.
@@ -47,7 +49,7 @@ std::vector<AttentionForwardUnit> tiles_of(const AttentionProblem& problem) {
   std::vector<AttentionForwardUnit> tiles;
   const int64_t most_rows = max_block_q(problem);
   for (int64_t b = 0; b < problem.batch; ++b) {
-    const int64_t length = problem.sequences[b].q_len;
+    const int64_t length = problem.sequence(b).q_len;
     if (length == 0) continue;
     const int64_t rows = std::min(length, round_up(ceil_div(length, ceil_div(length, most_rows)), kRowsOfMicro));
     const int64_t heads_at_once = std::min(problem.group(), most_rows / rows);
@@ -57,7 +59,7 @@ std::vector<AttentionForwardUnit> tiles_of(const AttentionProblem& problem) {
         // From the last on, which has the most keys under a causal mask.
         for (int64_t tile = num_tiles - 1; tile >= 0; --tile) {
           tiles.push_back({b, kv_head * problem.group() + g, std::min(heads_at_once, problem.group() - g), tile * rows,
-                           std::min(rows, length - tile * rows), 0, problem.sequences[b].k_len, 0, nullptr});
+                           std::min(rows, length - tile * rows), 0, problem.sequence(b).k_len, 0, nullptr});
         }
       }
     }
@@ -113,5 +115,6 @@ void attention_forward(const AttentionProblem& problem) {
 }  // namespace bigkern
 
 STABLE_TORCH_LIBRARY_IMPL(bigkern, CPU, m) {
-  m.impl("attention", TORCH_BOX(&bigkern::attention_op<bigkern::attention_forward>));
+  using namespace bigkern;
+  m.impl("attention", TORCH_BOX((&attention_op<Memory::kHost, attention_forward>)));
 }

@@ -13,7 +13,7 @@ struct AttentionTile {
   using Scalar = typename V::Scalar;
 
   const AttentionProblem& problem;
-  const AttentionSequence& sequence;
+  const AttentionSequence sequence;
   int64_t b, h_begin, i_begin, rows_per_head, num_rows;  // row r is query i_begin + r % rows_per_head
   int64_t j_begin = 0, num_cols = 0;                     // columns, beyond j_begin
   bool is_whole = false;                                 // every row meets every column, in whole registers
@@ -23,7 +23,7 @@ struct AttentionTile {
   AttentionTile(const AttentionProblem& p, int64_t b, int64_t h_begin, int64_t num_heads, int64_t i_begin,
                 int64_t rows_per_head)
       : problem(p),
-        sequence(p.sequences[b]),
+        sequence(p.sequence(b)),
         b(b),
         h_begin(h_begin),
         i_begin(i_begin),
@@ -204,8 +204,8 @@ struct AttentionTile {
     const uint32_t bh = static_cast<uint32_t>(b * problem.heads + head(r));
     for (int64_t j = 0; j < num_cols; j += 8 * kPhiloxLanes) {
       uint32_t words[4][kPhiloxLanes];
-      philox(static_cast<uint32_t>((j_begin + j) / 8), static_cast<uint32_t>(query(r)), bh, problem.philox_offset,
-             problem.philox_seed, words);
+      philox(static_cast<uint32_t>((j_begin + j) / 8), static_cast<uint32_t>(query(r)), bh, problem.philox_offset(),
+             problem.philox_seed(), words);
       // Word n of counters 4 g .. 4 g + 3 has the 16 bits each of the keys 32 g + 8 n .. 32 g + 8 n + 7.
       for (int g = 0; g < kPhiloxLanes / 4; ++g) {
         for (int n = 0; n < 4; ++n) {

@@ -47,14 +47,6 @@ struct AttentionForwardUnit {
   const AttentionPartials* partials;  // nullptr: the keys aren't split
 };
 
-// What the backward has beyond the forward's arguments and results.
-struct AttentionBackwardProblem {
-  const AttentionProblem* forward;
-  AnyStrided grad_out, grad_lse;  // grad_lse without data: none
-  AnyStrided delta;               // rowsum(dO * O) - dlse, of the accumulation's type
-  AnyStrided grad_query, grad_key, grad_value, grad_mask;
-};
-
 // Queries [i_begin, i_end) of heads that share their keys, against the keys [j_begin, j_end). It sums up the gradients
 // of the queries if it has all of their keys, and those of the keys if it has all of their queries.
 struct AttentionBackwardUnit {
@@ -76,7 +68,10 @@ struct AttentionWeightsUnit {
 // The multiplications of one product of queries and keys with all others.
 inline double work_of(const AttentionProblem& problem) {
   double pairs = 0;
-  for (const AttentionSequence& s : problem.sequences) pairs += static_cast<double>(s.q_len) * s.k_len;
+  for (int64_t b = 0; b < problem.batch; ++b) {
+    const AttentionSequence s = problem.sequence(b);
+    pairs += static_cast<double>(s.q_len) * s.k_len;
+  }
   return pairs * problem.heads * (problem.head_dim + problem.value_dim);
 }
 

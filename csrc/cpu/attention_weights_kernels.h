@@ -13,7 +13,7 @@ BK_TARGET void attention_weights(const AttentionProblem& problem, const AnyStrid
   Scalar* s = workspace.take<Scalar>(unit.num_rows * kScoresRow);    // [num_rows, kScoresRow]
   Scalar* sum = workspace.take<Scalar>(unit.num_rows * kScoresRow);  // of s over the heads
 
-  for (int64_t j = 0; j < problem.sequences[unit.b].k_len; j += kBlockKV) {
+  for (int64_t j = 0; j < problem.sequence(unit.b).k_len; j += kBlockKV) {
     std::fill_n(sum, unit.num_rows * kScoresRow, Scalar(0));
     for (int64_t h = unit.h_begin; h < unit.h_begin + unit.num_heads; ++h) {
       AttentionTile<V, T> tile(problem, unit.b, h, 1, unit.i_begin, unit.num_rows);
@@ -43,7 +43,7 @@ BK_TARGET void attention_weights(const AttentionProblem& problem, const AnyStrid
         }
       }
     }
-    const int64_t num_cols = std::min(kBlockKV, problem.sequences[unit.b].k_len - j);
+    const int64_t num_cols = std::min(kBlockKV, problem.sequence(unit.b).k_len - j);
     for (int64_t r = 0; r < unit.num_rows; ++r) {
       store_row<V>(sum + r * kScoresRow, num_cols, weights.as<T>().at(unit.b, unit.h_begin, unit.i_begin + r, j));
     }

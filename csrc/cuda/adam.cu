@@ -8,6 +8,7 @@
 #include "grad_norm.cuh"
 #include "launch.cuh"
 #include "multi_tensor.cuh"
+#include "scratch.cuh"
 
 namespace bigkern {
 
@@ -177,11 +178,6 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- Host ----
 
-Tensor new_scratch(int64_t num_doubles, Device device) {
-  const torch::stable::Device on(static_cast<torch::headeronly::DeviceType>(device.type), device.index);
-  return torch::stable::empty({num_doubles}, ScalarType::Double, std::nullopt, on);
-}
-
 template <class P, class S, bool kAmsgrad, bool kMaster>
 void launch_adam_kernel(const AdamTensor* tensor, const AdamTensor* end, const AdamCoefficients* coefficients,
                         ScalarRef found_inf, int32_t device_index) {
@@ -249,7 +245,7 @@ void adam_cuda(const AdamCall& call) {
   // What the kernels hand on to one another: coefficients [n], partial sums.
   constexpr int64_t kCoefficients = sizeof(AdamCoefficients) / sizeof(double);
   const int64_t n = tensors.size(), num_sums = num_partial_sums(grads);
-  const Tensor scratch = new_scratch(n * kCoefficients + num_sums, call.device);
+  const Tensor scratch = new_scratch(n * kCoefficients + num_sums, ScalarType::Double, call.device);
   auto* coefficients = static_cast<AdamCoefficients*>(scratch.data_ptr());
   const PartialSums sums{reinterpret_cast<double*>(coefficients + n), num_sums};
 
@@ -269,7 +265,7 @@ Tensor grad_norm_cuda(TensorList grads, std::optional<Tensor> grad_scale) {
 
   const Tensor out = torch::stable::new_empty(grads[0], {}, ScalarType::Double);
   const int64_t num_sums = num_partial_sums(gradients);
-  const Tensor scratch = new_scratch(num_sums, device);
+  const Tensor scratch = new_scratch(num_sums, ScalarType::Double, device);
   const PartialSums sums{static_cast<double*>(scratch.data_ptr()), num_sums};
   launch_partial_sums(gradients, sums.data, device.index);
   launch(device.index, finish_norm_kernel, 1, kThreads, 0, sums, scalar_ref("grad_scale", grad_scale, device),

@@ -63,7 +63,8 @@ inline std::ostream& operator<<(std::ostream& out, dim3 d) {
 // The device is the current one.
 inline void check_launch(cudaError_t error, const void* kernel, dim3 grid, dim3 block, size_t smem_bytes) {
   if (error == cudaSuccess) return;
-  int device = 0, major = 0, minor = 0, most_smem = 0;
+  // These stay as they are where the device doesn't answer, after an earlier kernel's error.
+  int device = 0, major = 8, minor = 0, most_smem = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);

@@ -6,32 +6,12 @@
 #include <vector>
 
 #include "launch.cuh"
+#include "vector.cuh"
 
 namespace bigkern {
 
 constexpr int kThreads = 256;                          // a block
 constexpr int kTableBytes = kMaxParameterBytes - 256;  // the rest is for the other parameters and for padding
-
-// N neighbours, moved by one access.
-template <class T, int N>
-struct alignas(sizeof(T) * N) Vector {
-  T at[N];
-};
-
-template <int N, class T>
-__device__ Vector<T, N> load(const T* p) {
-  return *reinterpret_cast<const Vector<T, N>*>(p);
-}
-
-template <int N, class T>
-__device__ void store(T* p, const Vector<T, N>& vector) {
-  *reinterpret_cast<Vector<T, N>*>(p) = vector;
-}
-
-template <int N, class T>
-__device__ bool is_aligned(const T* p) {
-  return reinterpret_cast<uintptr_t>(p) % sizeof(Vector<T, N>) == 0;
-}
 
 // Elements [begin, begin + size) of one tensor: the work of a block.
 struct Chunk {

@@ -85,6 +85,19 @@ __device__ void multiply_add(Sum (&d)[4], const uint32_t (&a)[4], uint32_t b0, u
 
 // ---- Arithmetic ----
 
+// x, of which the compiler knows nothing more: what is made of it isn't made ahead of a loop, to stay in registers.
+__device__ inline int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// Rounded to TF32, which has 10 bits after the first.
+__device__ inline uint32_t to_tf32(float x) {
+  uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return y;
+}
+
 // 2^x within 2 units in the last place; denormal results are 0.
 __device__ inline float exp2_approx(float x) {
   float y;

@@ -8,9 +8,11 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
 #include <numeric>
 #include <utility>
+
+#include "async.h"
+#include "races.h"
 
 namespace emulator {
 
@@ -22,11 +24,8 @@ std::vector<Fiber> fibers;
 uint32_t num_live;
 
 namespace {
-
-std::deque<Fiber*> ready;
-void* launcher;       // its stack pointer, while a block runs
-std::string failure;  // why the block was abandoned; empty if it wasn't
 uint64_t random_state;
+}
 
 uint64_t draw() {  // xorshift64*
   random_state ^= random_state >> 12;
@@ -34,6 +33,18 @@ uint64_t draw() {  // xorshift64*
   random_state ^= random_state >> 27;
   return random_state * 0x2545f4914f6cdd1dull;
 }
+
+namespace {
+
+// Lanes that can run, and the lane whose turn it is.
+struct Queue {
+  uint32_t ready, turn;
+};
+std::vector<Queue> queues;  // of each warp
+uint32_t running_warp;
+uint32_t idle_turns;  // how often threads have given way since one of them went on
+void* launcher;       // its stack pointer, while a block runs
+std::string failure;  // why the block was abandoned; empty if it wasn't
 
 // Saves the callee-saved registers and the stack pointer, and continues where `to` was left.
 __attribute__((naked, noinline)) void switch_stacks(void** /*from*/, void* /*to*/) {
@@ -48,12 +59,43 @@ void switch_to(Fiber* next) {
   switch_stacks(from, next ? next->stack_pointer : launcher);
 }
 
+// Far more than a schedule needs to come to every thread.
+constexpr uint32_t kMaxIdleTurns = 1 << 20;
+
+void make_ready(const Fiber& f) { queues[f.warp].ready |= 1u << f.lane; }
+
+// All are ready: the first of the order begins.
+void begin_turn() {
+  const bool is_descending = settings.order == Order::descending;
+  for (Queue& queue : queues) queue.turn = is_descending ? kWarp - 1 : 0;
+  running_warp = is_descending ? queues.size() - 1 : 0;
+}
+
+// A warp runs as long as it can: its threads' stacks stay in the cache. At random, it is at times interrupted.
+uint32_t next_warp() {
+  const auto n = static_cast<uint32_t>(queues.size());
+  const bool is_interrupted = settings.order == Order::random && draw() % 16 == 0;
+  if (queues[running_warp].ready && !is_interrupted) return running_warp;
+  uint32_t warp = settings.order == Order::random ? draw() % n : running_warp;
+  for (uint32_t i = 0; i < n && !queues[warp].ready; ++i) {
+    warp = settings.order == Order::descending ? (warp + n - 1) % n : (warp + 1) % n;
+  }
+  return warp;
+}
+
+uint32_t rotate_left(uint32_t x, uint32_t n) { return x << (n & 31) | x >> (-n & 31); }
+
 Fiber* next_ready() {
-  if (ready.empty()) return nullptr;
-  if (settings.order == Order::random) std::swap(ready.front(), ready[draw() % ready.size()]);
-  Fiber* next = ready.front();
-  ready.pop_front();
-  return next;
+  running_warp = next_warp();
+  Queue& queue = queues[running_warp];
+  if (!queue.ready) return nullptr;
+  const bool is_descending = settings.order == Order::descending;
+  const uint32_t turn = settings.order == Order::random ? draw() % kWarp : queue.turn;
+  const uint32_t lane = is_descending ? (turn + kWarp - __builtin_clz(rotate_left(queue.ready, 31 - turn))) % kWarp
+                                      : (turn + __builtin_ctz(rotate_left(queue.ready, 32 - turn))) % kWarp;
+  queue.ready &= ~(1u << lane);
+  queue.turn = is_descending ? (lane + kWarp - 1) % kWarp : (lane + 1) % kWarp;
+  return &fibers[running_warp * kWarp + lane];
 }
 
 // Which threads wait where: one line for neighbours that wait at the same place.
@@ -69,20 +111,24 @@ Fiber* next_ready() {
       ++lines;
     }
   }
-  fail("%s%s", text.c_str(), describe_warps().c_str());
+  fail("%s%s%s", text.c_str(), describe_warps().c_str(), describe_mbarriers().c_str());
 }
 
 void run_others() {
+  stir_async();
   Fiber* next = next_ready();
+  while (!next && num_live > 0 && run_async()) next = next_ready();
   if (!next && num_live > 0) fail_deadlocked();
   if (next != current) switch_to(next);
 }
 
 void fiber_main() {
   block.kernel->body();
+  leave_warpgroup();
   self().has_exited = true;
   self().waits_at = nullptr;
   --num_live;
+  idle_turns = 0;
   leave_barriers();
   leave_warp();
   run_others();
@@ -122,29 +168,29 @@ void start_fiber(uint32_t i) {
   f.stack_pointer = sp;
 }
 
-void run_block() {
+void run_block(uint64_t number) {
   const auto n = static_cast<uint32_t>(block.size.count());
   memset(block.smem, 0xff, block.smem_bytes);  // NaN, until it is written
   reset_barriers();
   reset_warps();
-  ready.clear();
+  reset_mbarriers();
+  reset_warpgroups();
+  reset_async();
   num_live = n;
+  idle_turns = 0;
+  if (settings.watches & kRaces) begin_race_block(number, n);
+  queues.assign((n + kWarp - 1) / kWarp, {});
   for (uint32_t i = 0; i < n; ++i) {
     start_fiber(i);
-    if (settings.order == Order::descending) {
-      ready.push_front(&fibers[i]);
-    } else {
-      ready.push_back(&fibers[i]);
-    }
+    make_ready(fibers[i]);
   }
+  begin_turn();
   Fiber* first = next_ready();
   current = first;
   switch_stacks(&launcher, first->stack_pointer);
-  if (!failure.empty()) {
-    finish_profile();
-    throw Error(std::exchange(failure, {}));
-  }
   finish_profile();
+  if (!failure.empty()) throw Error(std::exchange(failure, {}));
+  finish_async();
 }
 
 std::vector<uint64_t> order_of_blocks(uint64_t n) {
@@ -165,21 +211,33 @@ void wait_for(const void* event, const Site& site) {
   run_others();
 }
 
-void wake(const void* event, uint32_t begin, uint32_t end, int result) {
-  for (uint32_t k = begin; k < end; ++k) {
-    Fiber& f = fibers[settings.order == Order::descending ? end - 1 - (k - begin) : k];
+void wake(const void* event, int result) {
+  idle_turns = 0;
+  const auto n = static_cast<uint32_t>(block.size.count());
+  for (uint32_t i = 0; i < n; ++i) {
+    Fiber& f = fibers[i];
     if (f.waits_for != event) continue;
     f.waits_for = nullptr;
-    f.waits_at = nullptr;
     f.result = result;
-    ready.push_back(&f);
+    make_ready(f);
   }
+  begin_turn();
+}
+
+void wake_lanes(uint32_t warp, uint32_t lanes) {
+  idle_turns = 0;
+  queues[warp].ready |= lanes;
 }
 
 void give_way_to_woken() { run_others(); }
 
-void give_way(const Site&) {
-  ready.push_back(&self());
+void give_way(const Site& site) {
+  if (++idle_turns > kMaxIdleTurns) {
+    fail("deadlock: %s at %s comes back again and again, and nothing else happens", site.what, site.source);
+  }
+  self().waits_at = &site;
+  make_ready(self());
+  running_warp = (running_warp + 1) % queues.size();
   run_others();
 }
 
@@ -219,10 +277,11 @@ void run(const Kernel& kernel, Dim grid, Dim size, size_t dynamic_smem, const un
   block.smem = reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(smem.data()) + 1023) & ~uintptr_t(1023));
   allocate_fibers(size.count());
   random_state = (settings.seed + 1) * 0x9e3779b97f4a7c15ull | 1;
+  if (settings.watches & kRaces) begin_race_launch();
   for (const uint64_t i : order_of_blocks(grid.count())) {
     block.index = {static_cast<uint32_t>(i % grid.x), static_cast<uint32_t>(i / grid.x % grid.y),
                    static_cast<uint32_t>(i / grid.x / grid.y)};
-    run_block();
+    run_block(i);
   }
   statistics.instructions += block.instructions;
 }

@@ -5,6 +5,7 @@
 
 #include "emulator.h"
 
+#pragma GCC visibility push(hidden)
 namespace emulator {
 
 struct Copy {
@@ -16,7 +17,7 @@ struct Copy {
 struct Fiber : Thread {
   void* stack_pointer;
   bool has_exited;
-  const Site* waits_at;          // where it waits
+  const Site* waits_at;          // where it waits, or did last
   const void* waits_for;         // null: it doesn't
   int result;                    // what it waited for hands over
   std::vector<uint32_t> visits;  // of each site, for the profile
@@ -29,20 +30,28 @@ extern uint32_t num_live;          // of them, those that haven't exited
 
 inline Fiber& self() { return *static_cast<Fiber*>(current); }
 
-// Runs others until wake() is called for `event`.
+// Runs others until wake() is called for `event`, or wake_lanes() for this lane, where there is no event.
 void wait_for(const void* event, const Site& site);
-// In the order of the schedule, those in [begin, end) that wait for `event`.
-void wake(const void* event, uint32_t begin, uint32_t end, int result = 0);
+void wake(const void* event, int result = 0);
+void wake_lanes(uint32_t warp, uint32_t lanes);
 // The one that woke others, itself among them, waits for its turn.
 void give_way_to_woken();
 
+uint64_t draw();  // at random, by the schedule's seed
+
 void reset_barriers();
+void reset_mbarriers();
+void reset_warpgroups();
 void reset_warps();
 // What a thread's end means for the others.
 void leave_barriers();
 void leave_warp();
+void leave_warpgroup();
 std::string describe_warps();  // which lanes are awaited
+std::string describe_mbarriers();
 
+void record_access(Site& site, bool is_shared, uint64_t address, uint32_t bytes, bool reads, bool writes);
 void finish_profile();
 
 }  // namespace emulator
+#pragma GCC visibility pop

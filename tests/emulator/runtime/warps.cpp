@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "races.h"
 #include "scheduler.h"
 
 namespace emulator {
@@ -9,7 +10,7 @@ namespace emulator {
 namespace {
 
 struct Group {
-  uint32_t mask, arrived;  // none has arrived: free
+  uint32_t mask, arrived;
   const Site* site;
   LaneWork work;
   void* arguments[kWarp];
@@ -17,39 +18,41 @@ struct Group {
 
 struct Warp {
   Group groups[kWarp];
+  uint32_t used;  // groups for which lanes wait
   uint32_t live;
 };
 
 std::vector<Warp> warps;
 
 Group& find_group(Warp& warp, const Site& site, uint32_t mask) {
-  Group* unused = nullptr;
-  for (Group& g : warp.groups) {
-    if (g.arrived == 0) {
-      unused = &g;
-    } else if (g.mask & mask) {
-      if (g.mask != mask) {
-        fail("%s at %s: mask %08x overlaps %08x, which %s at %s waits for", site.what, site.source, mask, g.mask,
-             g.site->what, g.site->source);
-      }
-      if (strcmp(g.site->what, site.what) != 0) {
-        fail("divergent warp: lane %u is at %s at %s, others are at %s at %s", current->lane, site.what, site.source,
-             g.site->what, g.site->source);
-      }
-      return g;
+  for (uint32_t rest = warp.used; rest; rest &= rest - 1) {
+    Group& g = warp.groups[__builtin_ctz(rest)];
+    if (!(g.mask & mask)) continue;
+    if (g.mask != mask) {
+      fail("%s at %s: mask %08x overlaps %08x, which %s at %s waits for", site.what, site.source, mask, g.mask,
+           g.site->what, g.site->source);
     }
+    if (g.site != &site && strcmp(g.site->what, site.what) != 0) {
+      fail("divergent warp: lane %u is at %s at %s, others are at %s at %s", current->lane, site.what, site.source,
+           g.site->what, g.site->source);
+    }
+    return g;
   }
-  return *unused;  // groups are disjoint: there are as many as lanes
+  Group& unused = warp.groups[__builtin_ctz(~warp.used)];  // groups are disjoint: there are as many as lanes
+  warp.used |= warp.used + 1;
+  unused.mask = mask;
+  unused.arrived = 0;
+  return unused;
 }
 
 bool is_complete(const Warp& warp, const Group& g) { return (g.mask & warp.live & ~g.arrived) == 0; }
 
-void complete(Group& g, uint32_t warp) {
+void complete(Warp& warp, Group& g) {
   const uint32_t lanes = g.arrived;
+  warp.used &= ~(1u << (&g - warp.groups));
   g.work(*g.site, g.arguments, lanes);
-  g.arrived = 0;
   ++statistics.warp_operations;
-  wake(&g, warp * kWarp, std::min<uint32_t>((warp + 1) * kWarp, block.size.count()));
+  wake_lanes(&warp - warps.data(), lanes);
 }
 
 }  // namespace
@@ -60,52 +63,27 @@ void meet(const Site& site, uint32_t mask, void* argument, LaneWork work) {
   const uint32_t bit = 1u << me.lane;
   if (!(mask & bit)) fail("%s at %s: lane %u isn't in its mask %08x", site.what, site.source, me.lane, mask);
   Group& g = find_group(warp, site, mask);
-  if (g.arrived == 0) g = {mask, 0, &site, work, {}};
+  if (g.arrived == 0) {
+    g.site = &site;
+    g.work = work;
+  }
   g.arrived |= bit;
   g.arguments[me.lane] = argument;
   if (is_complete(warp, g)) {
-    me.waits_for = &g;
-    complete(g, me.warp);
+    complete(warp, g);
     give_way_to_woken();
   } else {
-    wait_for(&g, site);
+    wait_for(nullptr, site);
   }
 }
 
 void warp_barrier(const Site& site, uint32_t mask) {
-  meet(site, mask, nullptr, [](const Site&, void**, uint32_t) {});
-}
-
-Shuffled shuffle(const Site& site, Shuffle mode, uint32_t value, uint32_t lane, uint32_t clamp, uint32_t mask) {
-  struct Lane {
-    uint32_t value;
-    int source;
-    uint32_t result;
-  };
-  // The definition in the PTX ISA: `clamp` holds the segment's mask and its last lane.
-  const int me = current->lane, segment = clamp >> 8 & 31, last = clamp & 31, b = lane & 31;
-  const int max_lane = (me & segment) | (last & ~segment), min_lane = me & segment;
-  int source = 0;
-  bool is_in_range = false;
-  switch (mode) {
-    case Shuffle::up: source = me - b, is_in_range = source >= max_lane; break;
-    case Shuffle::down: source = me + b, is_in_range = source <= max_lane; break;
-    case Shuffle::bfly: source = me ^ b, is_in_range = source <= max_lane; break;
-    case Shuffle::idx: source = min_lane | (b & ~segment), is_in_range = source <= max_lane; break;
-  }
-  Lane mine{value, is_in_range ? source : me, 0};
-  meet(site, mask, &mine, [](const Site& site, void** arguments, uint32_t lanes) {
-    for (int i = 0; i < kWarp; ++i) {
-      if (!(lanes >> i & 1)) continue;
-      auto* to = static_cast<Lane*>(arguments[i]);
-      if (!(lanes >> to->source & 1)) {
-        fail("%s at %s: lane %d reads lane %d, which isn't there (%08x are)", site.what, site.source, i, to->source,
-             lanes);
-      }
-      to->result = static_cast<Lane*>(arguments[to->source])->value;
-    }
+  meet(site, mask, nullptr, [](const Site&, void**, uint32_t lanes) {
+    if (!(settings.watches & kRaces)) return;
+    std::vector<uint32_t> threads;
+    for (; lanes; lanes &= lanes - 1) threads.push_back(current->warp * kWarp + __builtin_ctz(lanes));
+    synchronise(threads);
   });
-  return {mine.result, is_in_range};
 }
 
 Ballot ballot(const Site& site, uint32_t mask, bool value) {
@@ -147,7 +125,7 @@ void reset_warps() {
   const uint32_t n = block.size.count();
   warps.resize((n + kWarp - 1) / kWarp);
   for (uint32_t i = 0; i < warps.size(); ++i) {
-    for (Group& g : warps[i].groups) g.arrived = 0;
+    warps[i].used = 0;
     const uint32_t lanes = std::min<uint32_t>(n - i * kWarp, kWarp);
     warps[i].live = lanes == kWarp ? ~0u : (1u << lanes) - 1;
   }
@@ -156,19 +134,19 @@ void reset_warps() {
 void leave_warp() {
   Warp& warp = warps[current->warp];
   warp.live &= ~(1u << current->lane);
-  for (Group& g : warp.groups) {
-    if (g.arrived && is_complete(warp, g)) complete(g, current->warp);
+  for (uint32_t rest = warp.used; rest; rest &= rest - 1) {
+    Group& g = warp.groups[__builtin_ctz(rest)];
+    if (is_complete(warp, g)) complete(warp, g);
   }
 }
 
 std::string describe_warps() {
   std::string text;
   for (size_t i = 0; i < warps.size() && text.size() < 1000; ++i) {
-    for (const Group& g : warps[i].groups) {
-      if (g.arrived) {
-        text +=
-            format("\n  warp %zu: %s at %s has lanes %08x of %08x", i, g.site->what, g.site->source, g.arrived, g.mask);
-      }
+    for (uint32_t rest = warps[i].used; rest; rest &= rest - 1) {
+      const Group& g = warps[i].groups[__builtin_ctz(rest)];
+      text +=
+          format("\n  warp %zu: %s at %s has lanes %08x of %08x", i, g.site->what, g.site->source, g.arrived, g.mask);
     }
   }
   return text;

@@ -1,0 +1,389 @@
+// attention on a GPU: the forward, of Dao 2023 (FlashAttention-2, algorithm 1).
+#include "../attention_ops.h"
+#include "attention_launch.cuh"
+#include "attention_tile.cuh"
+#include "scratch.cuh"
+
+namespace bigkern {
+
+namespace {
+
+// By the bytes of a row of kDim elements. A warp has 16 row_tiles queries, which share what it loads of keys and
+// values; with features that need registers fewer. A block of 4 warps has 128 registers a lane for the output, at most,
+// and 96 kB of shared memory: what every card from sm_80 on has.
+struct AttentionTiles {
+  int row_tiles, warps, block_kv;
+};
+constexpr AttentionTiles tiles_of(int row_bytes, bool is_plain) {
+  switch (row_bytes) {
+    case 128: return {is_plain ? 2 : 1, 4, 64};
+    case 256: return {is_plain ? 2 : 1, 4, 32};
+    case 512: return {1, 4, 32};
+    default: return {1, 2, 16};
+  }
+}
+
+constexpr int kStages = 2;
+
+// What the launch adds to the problem.
+struct AttentionLaunch {
+  int num_tiles, num_head_groups, heads_at_once;
+  bool vectorized;  // query, key and value, as copy_rows says
+  // Where the keys are split: what each part leaves, over (split, row) with rows [batch, heads, max_q_len].
+  int num_splits;
+  float *out, *row_max, *row_sum;  // [num_splits, rows, value_dim], [num_splits, rows]
+};
+
+// Softmax over tiles of keys, of the queries of a lane: Milakov and Gimelshein 2018, algorithm 3.
+template <int kRowTiles>
+struct OnlineSoftmax {
+  float row_max[kRowTiles][2], row_sum[kRowTiles][2];  // the sums of this lane's columns only
+
+  __device__ OnlineSoftmax() {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+      for (int half = 0; half < 2; ++half) row_max[m][half] = -INFINITY, row_sum[m][half] = 0.f;
+    }
+  }
+
+  // scores -> exp(scale (scores - largest)), where scale is of base 2; rescales what the earlier ones gave. Where
+  // scores are products, scaling and shifting is one step; else it would overflow with a mask of the lowest number.
+  template <bool kPlain, int kN, int kD>
+  __device__ void step(float (&scores)[kRowTiles][kN][4], float (&out)[kRowTiles][kD][4], float scale) {
+    float correction[kRowTiles][2];
+    bool changes = false;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float largest = row_max[m][half];
+#pragma unroll
+        for (int n = 0; n < kN; ++n) {
+          largest = fmaxf(largest, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
+        }
+        largest = reduce_row(largest, [](float a, float b) { return fmaxf(a, b); });
+        const float shift = largest == -INFINITY ? 0.f : largest;  // no key yet
+        correction[m][half] = exp2_approx((row_max[m][half] - shift) * scale);
+        changes |= row_max[m][half] != largest;
+        row_max[m][half] = largest;
+        float sum = 0.f;
+#pragma unroll
+        for (int n = 0; n < kN; ++n) {
+#pragma unroll
+          for (int c = 2 * half; c < 2 * half + 2; ++c) {
+            float& s = scores[m][n][c];
+            s = exp2_approx(kPlain ? fmaf(s, scale, -shift * scale) : (s - shift) * scale);
+            sum += s;
+          }
+        }
+        row_sum[m][half] = fmaf(row_sum[m][half], correction[m][half], sum);
+      }
+    }
+    if (!__any_sync(~0u, changes)) return;  // mostly so after the first tiles
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int d = 0; d < kD; ++d) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) out[m][d][c] *= correction[m][c / 2];
+      }
+    }
+  }
+};
+
+// kPlain: scores are scaled products of keys that causality and window select; scale is positive.
+template <class T, int kDim, bool kPlain>
+__global__ void __launch_bounds__(32 * tiles_of(kDim * sizeof(T), kPlain).warps, 2)
+    attention_kernel(const __grid_constant__ AttentionProblem p, const __grid_constant__ AttentionLaunch launch) {
+  constexpr AttentionTiles kTiles = tiles_of(kDim * sizeof(T), kPlain);
+  constexpr int kRowTiles = kTiles.row_tiles, BLOCK_KV = kTiles.block_kv, kWarpRows = 16 * kRowTiles;
+  constexpr int kN = BLOCK_KV / 8, kD = kDim / 8, kDimSteps = kDim / kStep<T>, kKeySteps = BLOCK_KV / kStep<T>;
+  constexpr bool kQueryInRegisters = kRowTiles * kDimSteps <= 8;
+  using Tile = SharedTile<T, kDim>;
+  const int num_warps = blockDim.x / 32, block_q = num_warps * kWarpRows;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+
+  // From the last tile on, which has the most keys under a causal mask.
+  int block = blockIdx.x;
+  const int tile = launch.num_tiles - 1 - block % launch.num_tiles;
+  block /= launch.num_tiles;
+  const int split = block % launch.num_splits;
+  block /= launch.num_splits;
+  const int b = block / launch.num_head_groups;
+  const AttentionHead<T> head(p, b, block % launch.num_head_groups * launch.heads_at_once);
+
+  // Row r of the block is query r % q_len of head r / q_len of those that are computed at once.
+  const int q_len = head.sequence.q_len, num_rows = min(block_q, launch.heads_at_once * q_len - tile * block_q);
+  if (num_rows <= 0) return;
+  const auto head_of = [&](int r) { return head.h + (tile * block_q + r) / q_len; };
+  const auto query_of = [&](int r) { return (tile * block_q + r) % q_len; };
+
+  // The keys that some row meets, those that every row meets; this split's of them.
+  const bool is_one_head = head_of(0) == head_of(num_rows - 1);
+  const ColumnRange first = p.keys_of(head.sequence, is_one_head ? query_of(0) : 0);
+  const ColumnRange last = p.keys_of(head.sequence, is_one_head ? query_of(num_rows - 1) : q_len - 1);
+  const int whole_begin = last.begin, whole_end = first.end;
+  int begin = static_cast<int>(first.begin) / BLOCK_KV * BLOCK_KV, end = last.end;
+  if (launch.num_splits > 1) {
+    const int keys = ceil_div<int>(ceil_div<int>(head.sequence.k_len, launch.num_splits), BLOCK_KV) * BLOCK_KV;
+    begin = max(begin, split * keys);
+    end = min(end, (split + 1) * keys);
+  }
+
+  extern __shared__ __align__(128) unsigned char smem[];
+  const Tile q_smem{reinterpret_cast<T*>(smem)};  // [block_q, kDim]
+  const auto k_smem = [&](int stage) { return Tile{q_smem.data + (block_q + stage * BLOCK_KV) * kDim}; };
+  const auto v_smem = [&](int stage) { return k_smem(kStages + stage); };  // [BLOCK_KV, kDim] each
+  const T* const any = static_cast<const T*>(p.query.data);
+
+  copy_rows(
+      q_smem, block_q, [&](int r) { return r < num_rows ? head.query_row(p.query, head_of(r), query_of(r)) : nullptr; },
+      p.head_dim, p.query.col, launch.vectorized, any);
+  const auto copy_tile = [&](int j, int stage) {
+    if (j < end) {
+      copy_keys(k_smem(stage), BLOCK_KV, head, p.key, p.head_dim, j, launch.vectorized);
+      copy_keys(v_smem(stage), BLOCK_KV, head, p.value, p.value_dim, j, launch.vectorized);
+    }
+    commit_copies();
+  };
+  copy_tile(begin, 0);
+
+  AttentionRow row[kRowTiles][2];
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = warp * kWarpRows + m * 16 + half * 8 + lane / 4;
+      row[m][half] = r < num_rows ? AttentionRow(p, head.sequence, b, head_of(r), query_of(r)) : AttentionRow();
+    }
+  }
+
+  const AttentionScores score(p);
+  const float scale_log2 = kPlain ? score.scale * kLog2E : kLog2E;
+  OnlineSoftmax<kRowTiles> softmax;
+  float out[kRowTiles][kD][4] = {};
+  uint32_t q_reg[kRowTiles][kQueryInRegisters ? kDimSteps : 1][4];
+
+  for (int j = begin, stage = 0; j < end; j += BLOCK_KV, stage ^= 1) {
+    // The tile has come, and all warps are done with the one before, whose place the next one takes.
+    wait_for_copies<0>();
+    __syncthreads();
+    copy_tile(j + BLOCK_KV, stage ^ 1);
+    if (kQueryInRegisters && j == begin) {
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+        for (int k = 0; k < kDimSteps; ++k) load_left(q_reg[m][k], q_smem, warp * kWarpRows + m * 16, k);
+      }
+    }
+
+    // S = Q @ K^T  [kWarpRows, BLOCK_KV]
+    float s[kRowTiles][kN][4] = {};
+#pragma unroll(kQueryInRegisters ? kDimSteps : 4)
+    for (int k = 0; k < kDimSteps; ++k) {
+      Fragment<T, 4> q[kRowTiles];
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+        if constexpr (!kQueryInRegisters) load_left(q_reg[m][0], q_smem, warp * kWarpRows + m * 16, k);
+        q[m] = to_fragment<T>(q_reg[m][kQueryInRegisters ? k : 0]);
+      }
+#pragma unroll
+      for (int n = 0; n < kN; n += 2) {
+        const Fragment<T, 4> keys = load_right_t(k_smem(stage), n * 8, k);
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+          multiply_add<T>(s[m][n], q[m], keys, 0);
+          multiply_add<T>(s[m][n + 1], q[m], keys, 2);
+        }
+      }
+    }
+
+    // P = exp(S - row_max)
+    if (!kPlain || j < whole_begin || j + BLOCK_KV > whole_end) {
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+        for (int n = 0; n < kN; ++n) {
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+            const int key = j + 8 * n + lane % 4 * 2 + c % 2;
+            const AttentionRow& r = row[m][c / 2];
+            if constexpr (kPlain) {
+              if (key < r.key_begin || key >= r.key_end) s[m][n][c] = -INFINITY;
+            } else {
+              s[m][n][c] = score(r, key, s[m][n][c]);
+            }
+          }
+        }
+      }
+    }
+    softmax.template step<kPlain>(s, out, scale_log2);
+    if (!kPlain && p.dropout_threshold > 0) {
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+          for (int n = 0; n < kN; n += 4) {
+            const DropoutWords words(p, b, row[m][half], j + 8 * n);
+#pragma unroll
+            for (int i = n; i < (n + 4 < kN ? n + 4 : kN); ++i) {
+#pragma unroll
+              for (int second = 0; second < 2; ++second) {
+                const bool keeps = words.keeps((j / 8 + i) % 4, second, p.dropout_threshold);
+                if (!keeps) s[m][i][2 * half + second] = 0.f;
+              }
+            }
+          }
+        }
+      }
+    }
+
+    // O += P @ V  [kWarpRows, kDim]
+#pragma unroll
+    for (int k = 0; k < kKeySteps; ++k) {
+      Fragment<T, 4> weights[kRowTiles];
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) weights[m] = to_left<T>(s[m], k);
+#pragma unroll
+      for (int d = 0; d < kD; d += 2) {
+        const Fragment<T, 4> values = load_right(v_smem(stage), k * kStep<T>, d * 8);
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+          multiply_add<T>(out[m][d], weights[m], values, 0);
+          multiply_add<T>(out[m][d + 1], weights[m], values, 2);
+        }
+      }
+    }
+  }
+  wait_for_copies<0>();  // of the queries, if there were no keys: none may come after this
+
+  // O / row_sum, or as it is for the splits to be combined.
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float sum = reduce_row(softmax.row_sum[m][half], [](float x, float y) { return x + y; });
+      const float largest = softmax.row_max[m][half] * (kPlain ? score.scale : 1.f);
+      const int query = row[m][half].query, h = row[m][half].head;
+      if (query < 0) continue;
+      if (launch.num_splits > 1) {
+        const int64_t i = ((split * p.batch + b) * p.heads + h) * p.max_q_len + query;
+        if (lane % 4 == 0) launch.row_max[i] = largest, launch.row_sum[i] = sum;
+        float* to = launch.out + i * p.value_dim;
+#pragma unroll
+        for (int d = 0; d < kD; ++d) {
+          for (int second = 0; second < 2; ++second) {
+            const int col = 8 * d + lane % 4 * 2 + second;
+            if (col < p.value_dim) to[col] = out[m][d][2 * half + second];
+          }
+        }
+        continue;
+      }
+      if (lane % 4 == 0) head.stat(p.row_max, h, query) = largest, head.stat(p.row_sum, h, query) = sum;
+      const float factor = sum == 0.f ? 0.f : static_cast<float>(p.keep_scale) / sum;
+      T* to = head.query_row(p.out, h, query);
+#pragma unroll
+      for (int d = 0; d < kD; ++d) {
+#pragma unroll
+        for (int second = 0; second < 2; ++second) {
+          const int col = 8 * d + lane % 4 * 2 + second;
+          if (col < p.value_dim) to[col * p.out.col] = static_cast<T>(out[m][d][2 * half + second] * factor);
+        }
+      }
+    }
+  }
+}
+
+// out = sum over splits of exp(row_max - largest) O / sum of the same row_sum. A warp a query.
+template <class T>
+__global__ void __launch_bounds__(128)
+    combine_kernel(const __grid_constant__ AttentionProblem p, const __grid_constant__ AttentionLaunch launch) {
+  const int lane = threadIdx.x % 32;
+  const int64_t num_rows = p.batch * p.heads * p.max_q_len;
+  const int64_t r = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / 32;  // of [batch, heads, max_q_len]
+  if (r >= num_rows) return;
+  const int query = r % p.max_q_len, h = r / p.max_q_len % p.heads, b = r / p.max_q_len / p.heads;
+  const AttentionHead<T> head(p, b, h);
+  if (query >= head.sequence.q_len) return;
+
+  float largest = -INFINITY, sum = 0.f;
+  for (int split = 0; split < launch.num_splits; ++split) {
+    largest = fmaxf(largest, launch.row_max[split * num_rows + r]);
+  }
+  const float shift = largest == -INFINITY ? 0.f : largest;
+  const auto weight = [&](int split) { return exp2f((launch.row_max[split * num_rows + r] - shift) * kLog2E); };
+  for (int split = 0; split < launch.num_splits; ++split) {
+    sum = fmaf(weight(split), launch.row_sum[split * num_rows + r], sum);
+  }
+  if (lane == 0) head.stat(p.row_max, h, query) = largest, head.stat(p.row_sum, h, query) = sum;
+  const float factor = sum == 0.f ? 0.f : static_cast<float>(p.keep_scale) / sum;
+  for (int col = lane; col < p.value_dim; col += 32) {
+    float out = 0.f;
+    for (int split = 0; split < launch.num_splits; ++split) {
+      out = fmaf(weight(split), launch.out[(split * num_rows + r) * p.value_dim + col], out);
+    }
+    head.query_row(p.out, h, query)[col * p.out.col] = static_cast<T>(out * factor);
+  }
+}
+
+// ---- Host ----
+
+constexpr int64_t kWarpsWanted = 1024;  // 8 on each of an H100's 132 multiprocessors
+constexpr int64_t kLeastKeys = 256;     // of a split
+
+template <class T, int kDim, bool kPlain>
+void launch_attention(const AttentionProblem& p, AttentionLaunch launch_options) {
+  constexpr AttentionTiles kTiles = tiles_of(kDim * sizeof(T), kPlain);
+  const int64_t rows = launch_options.heads_at_once * p.max_q_len;
+  const int warps = std::min<int64_t>(ceil_div<int64_t>(rows, 16 * kTiles.row_tiles), kTiles.warps);
+  const int block_q = warps * 16 * kTiles.row_tiles;
+  AttentionLaunch& l = launch_options;
+  l.num_tiles = ceil_div<int64_t>(rows, block_q);
+
+  // Where there are few queries, the keys are split, which doesn't depend on the card, so that the result doesn't.
+  const int64_t num_tiles = l.num_tiles * l.num_head_groups * p.batch;
+  const int64_t most = std::max<int64_t>(ceil_div(p.max_k_len, kLeastKeys), 1);
+  l.num_splits = std::clamp<int64_t>(kWarpsWanted / (num_tiles * warps), 1, most);
+  const int64_t num_rows = p.batch * p.heads * p.max_q_len;
+  Tensor scratch;
+  if (l.num_splits > 1) {
+    scratch = new_scratch(l.num_splits * num_rows * (p.value_dim + 2), ScalarType::Float, device_of(p));
+    l.row_max = static_cast<float*>(scratch.data_ptr());
+    l.row_sum = l.row_max + l.num_splits * num_rows;
+    l.out = l.row_sum + l.num_splits * num_rows;
+  }
+
+  const size_t smem = (block_q + 2 * kStages * kTiles.block_kv) * kDim * sizeof(T);
+  launch(p.device_index, attention_kernel<T, kDim, kPlain>, grid_of(num_tiles * l.num_splits), 32 * warps, smem, p, l);
+  if (l.num_splits > 1) {
+    launch(p.device_index, combine_kernel<T>, grid_of(ceil_div<int64_t>(num_rows, 4)), 128, 0, p, l);
+  }
+}
+
+void attention_forward(const AttentionProblem& p) {
+  check_supported(p);
+  if (p.batch * p.heads * p.max_q_len == 0) return;
+  AttentionLaunch l{};
+  // Few queries of heads that share their keys are rows of one tile.
+  l.heads_at_once = p.max_q_len <= 64 ? p.group() : 1;
+  l.num_head_groups = p.heads / l.heads_at_once;
+  l.vectorized = is_vectorized(p, p.query, p.head_dim) && is_vectorized(p, p.key, p.head_dim) &&
+                 is_vectorized(p, p.value, p.value_dim);
+  const bool is_plain = p.scale > 0 && p.softcap == 0 && p.mask.data == nullptr && p.alibi_slopes.data == nullptr &&
+                        p.dropout_threshold == 0;
+  ATTENTION_SWITCH(p, T, kDim, [&] {
+    // With two tiles of rows, a warp has too many for few queries.
+    const bool has_rows = l.heads_at_once * p.max_q_len > 64 || tiles_of(kDim * sizeof(T), true).row_tiles == 1;
+    BOOL_SWITCH(is_plain && has_rows, kPlain, [&] { launch_attention<T, kDim, kPlain>(p, l); });
+  });
+}
+
+}  // namespace
+
+}  // namespace bigkern
+
+STABLE_TORCH_LIBRARY_IMPL(bigkern, CUDA, m) {
+  using namespace bigkern;
+  m.impl("attention", TORCH_BOX((&attention_op<Memory::kDevice, attention_forward>)));
+}
