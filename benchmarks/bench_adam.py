@@ -3,6 +3,7 @@
 python benchmarks/bench_adam.py [--device cuda] [--save]
 """
 
+import math
 import sys
 
 import pytest
@@ -38,9 +39,12 @@ def test_step(benchmark, name, device):
         "torch loop": make(SETS[name], torch.optim.Adam, device, foreach=False)[1].step,
     }
     alternate(benchmark, contenders, device)
+    elements = sum(math.prod(shape) for shape in SETS[name])
     benchmark.extra_info |= {
         "set": name,
-        "elements": sum(map(torch.Size.numel, map(torch.Size, SETS[name]))),
+        "elements": elements,
+        "bytes": BYTES_PER_ELEMENT * elements,
+        "roof": "copy",
     }
 
 

@@ -8,9 +8,8 @@ import sys
 
 import pytest
 import torch
-from common import alternate, main, skip_slow_bfloat16
+from common import alternate, main, skip_slow_bfloat16, skip_without_kernels
 
-from bigkern import backends
 from bigkern.models import Transformer, TransformerConfig
 
 PROMPT, NEW = 512, 256
@@ -20,8 +19,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_generate(benchmark, device, batch_size, dtype):
-    if device not in backends.table()["attention"]["native"]:
-        pytest.skip(f"attention has no kernels for {device}")
+    skip_without_kernels("attention", device)
     if dtype == "bfloat16":
         skip_slow_bfloat16(device)
     prompt = torch.randint(256, (batch_size, PROMPT))

@@ -1,6 +1,6 @@
-"""INT8 products and layers on the CPU: bigkern against torch's.
+"""INT8 products and layers: bigkern against torch's.
 
-python benchmarks/bench_int8_mm.py [--save]
+python benchmarks/bench_int8_mm.py [--device cuda] [--save]
 """
 
 import math
@@ -12,21 +12,36 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import alternate, copy_bandwidth, main
+from common import alternate, copy_bandwidth, main, skip_without_kernels
 from torch import nn
 from torch.nn import functional as F
 
 import bigkern
+from bigkern.backends import available
 
-SHAPES = [  # M, N, K
-    (1, 4096, 4096),
-    (16, 4096, 4096),
-    (64, 128, 21632),
-    (128, 1024, 1024),
-    (512, 2048, 512),
-    (2048, 2048, 2048),
-    (197, 3072, 768),
-]
+BY_DEVICE = {
+    "shape": {  # M, N, K
+        "cpu": [
+            (1, 4096, 4096),
+            (16, 4096, 4096),
+            (64, 128, 21632),
+            (128, 1024, 1024),
+            (512, 2048, 512),
+            (2048, 2048, 2048),
+            (197, 3072, 768),
+        ],
+        "cuda": [
+            (8192, 8192, 8192),
+            (4096, 4096, 4096),
+            (4096, 1000, 4096),
+            (64, 8192, 8192),
+            (16, 8192, 8192),
+            (1, 8192, 8192),
+        ],
+    },
+    "dtype": {"cpu": ["float32", "bfloat16"], "cuda": ["bfloat16"]},
+    "side": {"cpu": [4096], "cuda": [8192]},
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # torch._int_mm has no kernel for most CPUs without VNNI, where it takes seconds.
 PRODUCT_ROUNDS, MOST_ROW_MAJOR = 9, 2**32
@@ -39,32 +54,36 @@ def dynamically_quantized(linear):
         return torch.ao.quantization.quantize_dynamic(nn.Sequential(linear), {nn.Linear})
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_linear(benchmark, shape, device):
+    """The whole layer: quantize, multiply, scale, add the bias."""
+    skip_without_kernels("int8_linear", device)
     M, N, K = shape
-    linear, x = nn.Linear(K, N).requires_grad_(False), torch.randn(M, K)
-    dynamic = dynamically_quantized(linear)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    linear = nn.Linear(K, N, device=device, dtype=dtype).requires_grad_(False)
+    x = torch.randn(M, K, device=device).to(dtype)
     weight, scale = bigkern.quantize_rows(linear.weight)
-    packed = bigkern.pack_weight(weight)
-    contenders = {
-        "bigkern": lambda: bigkern.int8_linear(x, packed, scale, linear.bias),
-        "not packed": lambda: bigkern.int8_linear(x, weight, scale, linear.bias),
-        "dynamic": lambda: dynamic(x),
-        "float32": lambda: linear(x),
-    }
+    packed = bigkern.pack_weight(weight) if available("pack_weight", device) else weight
+    contenders = {"bigkern": lambda: bigkern.int8_linear(x, packed, scale, linear.bias)}
+    if device == "cpu":
+        dynamic = dynamically_quantized(linear)
+        contenders["not packed"] = lambda: bigkern.int8_linear(x, weight, scale, linear.bias)
+        contenders["dynamic"] = lambda: dynamic(x)
+        contenders["float32"] = lambda: linear(x)
+    else:
+        contenders["torch bfloat16"] = lambda: linear(x)
     with torch.inference_mode():
         alternate(benchmark, contenders, device)
-    benchmark.extra_info |= {"work": "linear", "shape": shape}
+    benchmark.extra_info |= {"work": "linear", "shape": shape, **products(shape)}
 
 
 @pytest.mark.parametrize("order", ["column-major", "row-major"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_product(benchmark, shape, order, device):
+    skip_without_kernels("int8_mm", device)
     M, N, K = shape
-    if order == "row-major" and M * N * K > MOST_ROW_MAJOR:
+    if device == "cpu" and order == "row-major" and M * N * K > MOST_ROW_MAJOR:
         pytest.skip("takes minutes with torch._int_mm")
-    a = torch.randint(-128, 128, (M, K), dtype=torch.int8)
-    b = torch.randint(-128, 128, (K, N), dtype=torch.int8)
+    a = torch.randint(-128, 128, (M, K), dtype=torch.int8, device=device)
+    b = torch.randint(-128, 128, (K, N), dtype=torch.int8, device=device)
     if order == "column-major":
         b = b.T.contiguous().T
     contenders = {
@@ -72,16 +91,18 @@ def test_product(benchmark, shape, order, device):
         "torch": lambda: torch._int_mm(a, b),
     }
     alternate(benchmark, contenders, device, rounds=PRODUCT_ROUNDS)
-    benchmark.extra_info |= {"work": f"product, b {order}", "shape": shape}
+    work = {"work": f"product, b {order}", "shape": shape}
+    benchmark.extra_info |= work | products(shape)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_weight_only(benchmark, dtype, device):
+def test_weight_only(benchmark, dtype, side, device):
     """One token: the time is that of reading the weight."""
-    N = K = 4096
-    weight, x = torch.randn(N, K), torch.randn(1, K).to(DTYPES[dtype])
+    skip_without_kernels("weight_only_linear", device)
+    N = K = side
+    weight = torch.randn(N, K, device=device)
+    x = torch.randn(1, K, device=device).to(DTYPES[dtype])
     weight_q, scale = bigkern.quantize_rows(weight)
-    groups = torch.rand(N, K // 128)
+    groups = torch.rand(N, K // 128, device=device)
     plain = weight.to(DTYPES[dtype])
     contenders = {
         "bigkern": lambda: bigkern.weight_only_linear(x, weight_q, scale),
@@ -89,7 +110,12 @@ def test_weight_only(benchmark, dtype, device):
         "torch": lambda: F.linear(x, plain),
     }
     alternate(benchmark, contenders, device)
-    benchmark.extra_info |= {"work": "weight-only", "shape": (1, N, K), "dtype": dtype}
+    work = {"work": "weight-only", "shape": (1, N, K), "dtype": dtype}
+    benchmark.extra_info |= work | {"bytes": N * K, "roof": "copy"}
+
+
+def products(shape):
+    return {"flops": 2 * math.prod(shape), "roof": "2 x bfloat16 product"}
 
 
 def limit():

@@ -11,9 +11,8 @@ import sys
 
 import pytest
 import torch
-from common import alternate, main, sample, skip_slow_bfloat16
+from common import alternate, main, sample, skip_slow_bfloat16, skip_without_kernels
 
-from bigkern import backends
 from bigkern.testing import memory_beyond_results
 from bigkern.train.cnn import build_task
 from bigkern.train.config import CnnConfig, TransformerTrainConfig
@@ -93,8 +92,7 @@ def test_train_cnn(benchmark, device, max_grad_norm):
 @pytest.mark.parametrize("amp", [False, True], ids=["float32", "autocast"])
 @pytest.mark.parametrize("size", SIZES)
 def test_train_transformer(benchmark, device, size, amp):
-    if device not in backends.table()["attention"]["native"]:
-        pytest.skip(f"attention has no kernels for {device}")
+    skip_without_kernels("attention", device)
     if amp:
         skip_slow_bfloat16(device)
     text = load_text(None, SIZES[size].get("context", 256))

@@ -18,6 +18,7 @@ NAMESPACES = {"native": "bigkern", "triton": "bigkern_triton"}  # in order of pr
 # op -> backend -> device types. A dict, since asking the dispatcher in the call path would break
 # torch.compile's graphs.
 _available: dict[str, dict[str, tuple[str, ...]]] = {}
+_fakes: dict[str, Callable] = {}
 
 
 def _check_name(name: str | None, where: str) -> str | None:
@@ -31,18 +32,39 @@ _forced = _check_name(os.environ.get("BIGKERN_BACKEND") or None, "BIGKERN_BACKEN
 
 def register(op: str, fake: Callable) -> None:
     """Makes `op` known: who implements it for which device, and how its outputs look (`fake`)."""
+    _available[op], _fakes[op] = {}, fake
+    for backend in NAMESPACES:
+        _add(op, backend)
+
+
+@contextlib.contextmanager
+def registered(backend: str, namespace: str) -> Iterator[None]:
+    """Makes those of `torch.ops.<namespace>`, with the same schemas, the last choice for each op.
+
+    For backends that aren't the package's own.
+    """
+    NAMESPACES[backend] = namespace
+    try:
+        for op in _available:
+            _add(op, backend)
+        yield
+    finally:
+        del NAMESPACES[backend]
+        for by_backend in _available.values():
+            by_backend.pop(backend, None)
+
+
+def _add(op: str, backend: str) -> None:
+    namespace = NAMESPACES[backend]
+    if not hasattr(getattr(torch.ops, namespace), op):
+        return
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    _available[op] = {
-        backend: tuple(
-            device
-            for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
-            if has_kernel(f"{namespace}::{op}", key)
-        )
-        for backend, namespace in NAMESPACES.items()
-        if hasattr(getattr(torch.ops, namespace), op)
-    }
-    for backend in _available[op]:
-        torch.library.register_fake(f"{NAMESPACES[backend]}::{op}", fake)
+    _available[op][backend] = tuple(
+        device
+        for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
+        if has_kernel(f"{namespace}::{op}", key)
+    )
+    torch.library.register_fake(f"{namespace}::{op}", _fakes[op])
 
 
 def available(op: str, device_type: str) -> list[str]:
@@ -61,11 +83,10 @@ def select(op: str, device_type: str) -> ModuleType:
     Raises NotImplementedError, naming what is available, where the forced backend, or any, lacks
     the op.
     """
+    for backend, devices in _available[op].items():
+        if device_type in devices and (_forced is None or _forced == backend):
+            return getattr(torch.ops, NAMESPACES[backend])
     candidates = available(op, device_type)
-    if _forced is None and candidates:
-        return getattr(torch.ops, NAMESPACES[candidates[0]])
-    if _forced in candidates:
-        return getattr(torch.ops, NAMESPACES[_forced])
     wanted = f"{_forced} backend" if _forced else "backend"
     hint = "; see `bigkern info`" if device_type == "cuda" and libraries.problems["_C_cuda"] else ""
     raise NotImplementedError(

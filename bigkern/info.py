@@ -24,7 +24,11 @@ def _gpus() -> list[str]:
     if torch.version.cuda is None or not torch.cuda.is_available():
         return ["none"]
     gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    return [f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory >> 20} MiB" for gpu in gpus]
+    return [
+        f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory >> 20} MiB"
+        + ("" if gpu.major >= 8 else "; older than sm_80, which the CUDA kernels need: use torch's")
+        for gpu in gpus
+    ]
 
 
 def _facts() -> list[tuple[str, str]]:

@@ -100,6 +100,12 @@ class AttentionDoor {
     return {problem.batch, problem.heads, query_.size(2)};
   }
 
+  Tensor empty_stats() const {
+    const ScalarType dtype = accumulation_type(problem.dtype);
+    if (options_.is_packed()) return empty_in_order(query_, stats_sizes(), {1, 0}, dtype);
+    return empty_in_order(query_, stats_sizes(), {2, 1, 0}, dtype);
+  }
+
   void read_stats(const Tensor& row_max, const Tensor& row_sum) {
     const std::vector<int64_t> sizes = stats_sizes();
     const ScalarType dtype = accumulation_type(problem.dtype);

@@ -12,12 +12,11 @@ namespace bigkern {
 // A tensor with the sizes of `like` but for the last, dense, in the order of memory of `like`: [B, H, L, E] or, where a
 // position's heads lie side by side, [B, L, H, E].
 inline Tensor empty_like_attention(const Tensor& like, int64_t last) {
-  if (like.dim() == 3) return torch::stable::new_empty(like, {like.size(0), like.size(1), last});
-  const int64_t B = like.size(0), H = like.size(1), L = like.size(2);
-  if (like.stride(1) < like.stride(2)) {
-    return torch::stable::transpose(torch::stable::new_empty(like, {B, L, H, last}), 1, 2);
-  }
-  return torch::stable::new_empty(like, {B, H, L, last});
+  const ScalarType dtype = like.scalar_type();
+  if (like.dim() == 3) return empty_in_order(like, {like.size(0), like.size(1), last}, {2, 1, 0}, dtype);
+  const std::vector<int64_t> sizes{like.size(0), like.size(1), like.size(2), last};
+  if (like.stride(1) < like.stride(2)) return empty_in_order(like, sizes, {3, 1, 2, 0}, dtype);
+  return empty_in_order(like, sizes, {3, 2, 1, 0}, dtype);
 }
 
 // attention, given a device's forward.
@@ -27,9 +26,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_op(Tensor query, Tensor key, Tensor
   AttentionDoor door(query, key, value, options, memory);
   AttentionProblem& problem = door.problem;
   Tensor out = empty_like_attention(query, problem.value_dim);
-  const ScalarType accumulated = accumulation_type(problem.dtype);
-  Tensor row_max = torch::stable::new_empty(query, door.stats_sizes(), accumulated);
-  Tensor row_sum = torch::stable::new_empty(query, door.stats_sizes(), accumulated);
+  Tensor row_max = door.empty_stats(), row_sum = door.empty_stats();
   if (options.seqlens_q) {  // the rows that aren't there
     torch::stable::zero_(out);
     torch::stable::fill_(row_max, -std::numeric_limits<double>::infinity());
@@ -67,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_op(Tensor grad_out
   p.deterministic = deterministic;
   p.grad_out = strided(grad_out, is_packed);
   if (grad_lse) p.grad_lse = strided_stats(*grad_lse, is_packed);
-  const Tensor delta = torch::stable::new_empty(query, door.stats_sizes(), accumulated);
+  const Tensor delta = door.empty_stats();
   p.delta = strided_stats(delta, is_packed);
   Tensor grad_query = empty_like_attention(query, problem.head_dim);
   Tensor grad_key = empty_like_attention(key, problem.head_dim);

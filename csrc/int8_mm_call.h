@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <optional>
 #include <string>
@@ -52,7 +51,7 @@ inline FloatRows float_rows(const char* name, const Tensor& x, TensorList& keep)
   return {keep.back().data_ptr(), x.scalar_type(), rows, cols, is_rows ? x.stride(0) : cols};
 }
 
-// One scale for all rows, or one for each, read where the CPU can.
+// One scale for all rows, or one for each.
 inline void read_static_scale(const char* name, const OptionalTensor& scale, const Tensor& x, FloatRows& rows,
                               TensorList& keep) {
   if (!scale) return;
@@ -67,7 +66,11 @@ inline void read_static_scale(const char* name, const OptionalTensor& scale, con
   keep.push_back(torch::stable::contiguous(*scale));
   rows.static_scale = static_cast<const float*>(keep.back().data_ptr());
   rows.static_scale_stride = n == 1 ? 0 : 1;
-  for (int64_t i = 0; i < n; ++i) {
+}
+
+// Of a tensor in the host's memory.
+inline void check_scale_values(const char* name, const OptionalTensor& scale, const FloatRows& rows) {
+  for (int64_t i = 0; scale && i < numel(*scale); ++i) {
     const float value = rows.static_scale[i];
     BK_CHECK(value >= 0 && std::isfinite(value), name, " must be finite and not negative, got ", value);
   }
@@ -81,12 +84,17 @@ inline const float* read_weight_scale(const Tensor& scale, const Tensor& x, Tens
   return static_cast<const float*>(keep.back().data_ptr());
 }
 
-// [N] in float32; nullptr: none.
-inline const float* read_bias(const OptionalTensor& bias, const Tensor& x, int64_t N, TensorList& keep) {
-  if (!bias) return nullptr;
+inline void check_bias(const OptionalTensor& bias, const Tensor& x, int64_t N) {
+  if (!bias) return;
   check_float("bias", bias->scalar_type());
   BK_CHECK(bias->dim() == 1 && bias->size(0) == N, "bias must have shape [", N, "], got ", shape(*bias));
   check_same_device("bias", *bias, "x", x);
+}
+
+// [N] in float32; nullptr: none.
+inline const float* read_bias(const OptionalTensor& bias, const Tensor& x, int64_t N, TensorList& keep) {
+  check_bias(bias, x, N);
+  if (!bias) return nullptr;
   const Tensor wide = bias->scalar_type() == ScalarType::Float ? *bias : torch::stable::to(*bias, ScalarType::Float);
   keep.push_back(torch::stable::contiguous(wide));
   return static_cast<const float*>(keep.back().data_ptr());
@@ -101,16 +109,6 @@ inline Activation read_activation(const std::optional<std::string>& activation) 
   raise_value_error("activation must be relu, gelu, gelu_tanh, silu or None, got ", *activation);
 }
 
-inline PackedHeader read_packed_header(const Tensor& packed) {
-  PackedHeader header{};
-  const int64_t bytes = packed.size(0);
-  if (bytes >= static_cast<int64_t>(sizeof(header))) std::memcpy(&header, packed.data_ptr(), sizeof(header));
-  const bool holds = header.magic == PackedHeader::kMagic && packed.stride(0) == 1 &&
-                     bytes == static_cast<int64_t>(sizeof(header)) + PackedShape{header.depth, header.cols}.bytes();
-  BK_CHECK(holds, "weight_q of one dimension must come from pack_weight, got ", bytes, " other bytes");
-  return header;
-}
-
 // So many products of a quantised x, from -127 to 127, with a weight, from -128 on, fit int32.
 constexpr int64_t kMostTerms = std::numeric_limits<int32_t>::max() / (127 * 128);
 
@@ -118,31 +116,42 @@ inline void check_terms(const char* what, int64_t terms) {
   BK_CHECK(terms <= kMostTerms, what, " must be at most ", kMostTerms, ", or sums might not fit int32, got ", terms);
 }
 
-// The weight [N, K] of a layer, plain or packed.
-struct Int8Weight {
-  Int8Matrix plain;              // as B [K, N]
-  const char* panels = nullptr;  // nullptr: it is plain
+// The weight [N, K] of a layer: plain, where this says true, or packed.
+inline bool check_weight(const Tensor& weight_q, const Tensor& x, int64_t N, int64_t K) {
+  check_int8("weight_q", weight_q);
+  check_same_device("weight_q", weight_q, "x", x);
+  check_terms("K", K);
+  if (weight_q.dim() == 1) return false;
+  BK_CHECK(weight_q.dim() == 2, "weight_q must have shape [N, K] or be packed, got ", shape(weight_q));
+  BK_CHECK(weight_q.size(1) == K, "x must have the K of weight_q ", shape(weight_q), " as its last size, got ",
+           shape(x));
+  BK_CHECK(weight_q.size(0) == N, "weight_scale must have shape [", weight_q.size(0), "], got [", N, "]");
+  return true;
+}
 
-  Int8Weight(const Tensor& weight_q, const Tensor& x, int64_t N, int64_t K) {
-    check_int8("weight_q", weight_q);
-    check_same_device("weight_q", weight_q, "x", x);
-    check_terms("K", K);
-    BK_CHECK(weight_q.dim() == 1 || weight_q.dim() == 2, "weight_q must have shape [N, K] or be packed, got ",
-             shape(weight_q));
-    if (weight_q.dim() == 1) {
-      const PackedHeader header = read_packed_header(weight_q);
-      BK_CHECK(header.depth == K, "x must have the K of the packed weight_q [", header.cols, ", ", header.depth,
-               "] as its last size, got ", shape(x));
-      BK_CHECK(header.cols == N, "weight_scale must have shape [", header.cols, "], got [", N, "]");
-      panels = static_cast<const char*>(weight_q.data_ptr()) + sizeof(header);
-    } else {
-      BK_CHECK(weight_q.size(1) == K, "x must have the K of weight_q ", shape(weight_q), " as its last size, got ",
-               shape(x));
-      BK_CHECK(weight_q.size(0) == N, "weight_scale must have shape [", weight_q.size(0), "], got [", N, "]");
-      plain = {static_cast<const int8_t*>(weight_q.data_ptr()), weight_q.stride(1), weight_q.stride(0)};
-    }
-  }
+// What int8_linear takes besides its tensors' contents.
+struct LinearCall {
+  FloatRows rows;
+  int64_t N;
+  ScalarType out_dtype;
+  Activation activation;
+  bool is_plain;  // the weight
 };
+
+inline LinearCall check_linear(const Tensor& x, const Tensor& weight_q, const Tensor& weight_scale,
+                               const OptionalTensor& x_scale, const std::optional<std::string>& activation,
+                               std::optional<ScalarType> out_dtype, TensorList& keep) {
+  LinearCall call;
+  call.rows = float_rows("x", x, keep);
+  BK_CHECK(weight_scale.dim() == 1, "weight_scale must have shape [N], got ", shape(weight_scale));
+  call.N = weight_scale.size(0);
+  call.is_plain = check_weight(weight_q, x, call.N, call.rows.cols);
+  read_static_scale("x_scale", x_scale, x, call.rows, keep);
+  call.out_dtype = out_dtype.value_or(x.scalar_type());
+  check_float("out_dtype", call.out_dtype);
+  call.activation = read_activation(activation);
+  return call;
+}
 
 // x's shape with another last size.
 inline std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
@@ -150,6 +159,92 @@ inline std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
   for (int64_t d = 0; d + 1 < x.dim(); ++d) sizes.push_back(x.size(d));
   sizes.push_back(last);
   return sizes;
+}
+
+inline void check_mm(const Tensor& a, const Tensor& b) {
+  check_int8("a", a);
+  check_int8("b", b);
+  check_same_device("b", b, "a", a);
+  const int64_t dim = a.dim();
+  BK_CHECK((dim == 2 || dim == 3) && b.dim() == dim, "a and b must both have 2 dimensions, or 3, got shapes ", shape(a),
+           " and ", shape(b));
+  BK_CHECK(dim == 2 || a.size(0) == b.size(0), "b must have the batch size of a, ", a.size(0), ", got shape ",
+           shape(b));
+  BK_CHECK(a.size(dim - 1) == b.size(dim - 2), "b must have as many rows as a has columns, ", a.size(dim - 1),
+           ", got shape ", shape(b));
+}
+
+// Returns the dtype of the result.
+inline ScalarType check_scaled_mm(const Tensor& a, const Tensor& b, const Tensor& row_scale,
+                                  std::optional<ScalarType> out_dtype) {
+  check_int8("a", a);
+  check_int8("b", b);
+  check_same_device("b", b, "a", a);
+  BK_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0), "a and b must have shapes [M, K] and [K, N], got ",
+           shape(a), " and ", shape(b));
+  BK_CHECK(row_scale.scalar_type() == ScalarType::Float && row_scale.dim() == 1 && row_scale.size(0) == a.size(0),
+           "row_scale must be torch.float32 of shape [", a.size(0), "], got ", name(row_scale.scalar_type()),
+           " of shape ", shape(row_scale));
+  check_same_device("row_scale", row_scale, "a", a);
+  const ScalarType dtype = out_dtype.value_or(ScalarType::Float);
+  check_float("out_dtype", dtype);
+  return dtype;
+}
+
+inline void check_pack(const Tensor& weight_q) {
+  check_int8("weight_q", weight_q);
+  BK_CHECK(weight_q.dim() == 2, "weight_q must have shape [N, K], got ", shape(weight_q));
+}
+
+inline void check_unpack(const Tensor& packed) {
+  check_int8("packed", packed);
+  BK_CHECK(packed.dim() == 1, "packed must have one dimension, got shape ", shape(packed));
+}
+
+struct WeightOnlyCall {
+  int64_t rows, N, K;
+  int64_t group_size, num_groups;  // without groups, one of all K
+};
+
+inline WeightOnlyCall check_weight_only(const Tensor& x, const Tensor& weight_q, const Tensor& weight_scale,
+                                        int64_t group_size) {
+  check_float("x", x.scalar_type());
+  check_int8("weight_q", weight_q);
+  BK_CHECK(x.dim() > 0, "x must have shape [..., K], got []");
+  BK_CHECK(weight_q.dim() == 2 && weight_q.size(1) == x.size(x.dim() - 1),
+           "weight_q must have shape [N, K] with the last size of x ", shape(x), " as K, got ", shape(weight_q));
+  check_same_device("weight_q", weight_q, "x", x);
+  const int64_t N = weight_q.size(0), K = weight_q.size(1);
+  BK_CHECK(group_size >= 0, "group_size must be 0 (whole rows) or positive, got ", group_size);
+  const int64_t num_groups = group_size == 0 ? 1 : (K + group_size - 1) / group_size;
+  if (group_size == 0) {
+    BK_CHECK(weight_scale.dim() == 1 && weight_scale.size(0) == N, "weight_scale must have shape [", N, "], got ",
+             shape(weight_scale));
+  } else {
+    BK_CHECK(weight_scale.dim() == 2 && weight_scale.size(0) == N && weight_scale.size(1) == num_groups,
+             "weight_scale must have shape [", N, ", ", num_groups, "] for group_size ", group_size, ", got ",
+             shape(weight_scale));
+  }
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= x.size(d);
+  return {rows, N, K, group_size == 0 ? K : group_size, num_groups};
+}
+
+inline void check_stochastic(const Tensor& x, const Tensor& philox, const OptionalTensor& factor) {
+  const ScalarType dtype = x.scalar_type();
+  BK_CHECK(is_float(dtype), "x must be torch.float32, torch.bfloat16 or torch.float16, got ", name(dtype));
+  BK_CHECK(x.dim() == 2, "x must have 2 dimensions, got shape ", shape(x));
+  BK_CHECK(philox.scalar_type() == ScalarType::Long && philox.dim() == 1 && philox.size(0) == 2,
+           "philox must be torch.int64 of shape [2], got ", name(philox.scalar_type()), " of shape ", shape(philox));
+  if (factor) {
+    BK_CHECK(factor->scalar_type() == ScalarType::Float && factor->dim() == 1 && factor->size(0) == x.size(1),
+             "factor must be torch.float32 of shape [", x.size(1), "], got ", name(factor->scalar_type()), " of shape ",
+             shape(*factor));
+  }
+  for (const Tensor* t : {&philox, factor ? &*factor : &philox}) {
+    BK_CHECK(device_of(*t) == device_of(x), "philox and factor must be on ", name(device_of(x)), ", got ",
+             name(device_of(*t)));
+  }
 }
 
 }  // namespace bigkern

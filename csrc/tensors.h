@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
@@ -14,6 +15,7 @@
 
 namespace bigkern {
 
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using TensorList = std::vector<Tensor>;
 
@@ -66,6 +68,24 @@ inline bool is_dense(const Tensor& t) {
     expected *= size;
   }
   return true;
+}
+
+// Uninitialized and without gaps, on the device of `like`; `order` lists the dimensions from the innermost on. (The
+// op of torch::stable::new_empty is looked up by its name, which takes 1.5 us more.)
+inline Tensor empty_in_order(const Tensor& like, const std::vector<int64_t>& sizes, const std::vector<int>& order,
+                             ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (const int d : order) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(sizes[d], 1);
+  }
+  const Device device = device_of(like);
+  const auto dtype_code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle t;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype_code, device.type, device.index, &t));
+  return Tensor(t);
 }
 
 inline void* data_of(AtenTensorHandle t) {

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 pytest.importorskip("hypothesis")
-from hypothesis import Phase, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from bigkern import scaled_dot_product_attention
+from bigkern import backends, scaled_dot_product_attention
 from bigkern.ops import reference
 from bigkern.testing import assert_as_accurate, max_error
 
@@ -190,6 +190,34 @@ def cases(draw, **fixed):
     ):
         rest["mask_dims"] = (True,) * 4
     return Case(B=B, H=H, Hkv=Hkv, L=L, S=S, E=E, Ev=Ev, **rest)
+
+
+def served(case, device):
+    """The nearest case that the kernels of `device`, a fixture's, serve."""
+    case = replace(case, device=device)
+    if not on_gpu(device):
+        return case
+    dtype = torch.float32 if case.dtype == torch.float64 else case.dtype
+    return replace(case, dtype=dtype, E=min(case.E, 256), Ev=min(case.Ev, 256))
+
+
+def on_gpu(device):
+    """Whether CUDA kernels run, if only in the emulator."""
+    return device == "cuda" or "emulated" in backends.available("attention", device)
+
+
+def check_drawn(cases, device, check, max_examples):
+    """`check` of drawn cases as `device` serves them: half as many for the emulator, which takes a
+    second for each."""
+    if device == "cpu" and on_gpu(device):
+        max_examples //= 2
+
+    @settings(draw, max_examples=max_examples)
+    @given(cases)
+    def run(case):
+        check(served(case, device))
+
+    run()
 
 
 def as_dtype(tensors, dtype):

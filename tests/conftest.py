@@ -1,10 +1,24 @@
+import sys
+from pathlib import Path
+
 import emulator.ops
 import pytest
 import torch
 from cuda_compiler import NoCompilerError
 from helpers import SMALL, interrupt_at
 
+from bigkern import libraries
 from bigkern.train.loop import train
+
+sys.path.append(str(Path(__file__).parent / "stand_ins"))  # what is installed comes first
+
+
+def pytest_report_header():
+    import hypothesis
+
+    if "stand_ins" in hypothesis.__file__:
+        return "hypothesis isn't installed: cases are drawn by tests/stand_ins"
+    return None
 
 
 def pytest_configure():
@@ -50,6 +64,19 @@ def emulated_ops():
     try:
         return emulator.ops.load()
     except NoCompilerError as obstacle:
+        pytest.skip(str(obstacle))
+
+
+@pytest.fixture(scope="session")
+def cuda_kernels():
+    """Those of the built library, as machine code."""
+    import cubins  # of benchmarks/, which isn't there when an installed package is tested
+
+    if libraries.problems["_C_cuda"]:
+        pytest.skip(libraries.problems["_C_cuda"])
+    try:
+        return cubins.read_kernels(libraries.path("_C_cuda"))
+    except cubins.NoToolError as obstacle:
         pytest.skip(str(obstacle))
 
 

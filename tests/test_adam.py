@@ -162,6 +162,7 @@ def _views(kind, shape=(6, 10, 4, 4)):
     return [layouts[kind](t, i) for i, t in enumerate(values)]
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize(
     "kind",
     ["channels_last", "grad_channels_last", "param_transposed", "param_strided", "all_strided",
@@ -178,6 +179,7 @@ def test_layouts(kind, device):
     assert [t.stride() for t in tensors] == strides
 
 
+@pytest.mark.sanitize
 def test_unaligned_addresses(device):
     problem = Problem(torch.float32, device, shapes=[(1001,)] * 2)
     moved = [[torch.cat([t[:1], t])[1:] for t in ts] for ts in problem.lists()[:4]]
@@ -188,6 +190,7 @@ def test_unaligned_addresses(device):
         assert torch.equal(a, b)
 
 
+@pytest.mark.sanitize
 def test_found_inf_changes_nothing(device):
     problem = Problem(torch.float32, device)
     before = [t.clone() for t in problem.tensors()]

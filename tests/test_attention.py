@@ -17,6 +17,7 @@ from attention_helpers import (
     cases,
     check,
     check_all,
+    check_drawn,
     check_function,
     draw,
     in_dtype,
@@ -25,6 +26,7 @@ from attention_helpers import (
     random_grads,
     run_function,
     run_reference,
+    served,
     wide,
     with_gradients,
 )
@@ -34,12 +36,7 @@ from hypothesis import strategies as st
 from bigkern import backends, scaled_dot_product_attention, varlen_attention
 from bigkern.ops import reference
 
-DEVICES = [
-    device
-    for device in ("cpu", "cuda")
-    if backends.available("attention", device) and (device == "cpu" or torch.cuda.is_available())
-]
-
+DEVICES = ["cpu", "emulated", "cuda"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -87,19 +84,33 @@ def test_backward_of_the_reference_is_its_derivative(case):
         torch.testing.assert_close(list(a), list(e))
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@settings(draw, max_examples=40)
-@given(cases(seqlens=False))
-def test_function(device, case):
-    if case.mask != "none":
-        case = replace(case, causal=False)
-    check_function(run_function, replace(case, device=device))
+def test_function(device):
+    def check(case):
+        if case.mask != "none":
+            case = replace(case, causal=False)
+        check_function(run_function, case)
+
+    check_drawn(cases(seqlens=False), device, check, 40)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [False, True])
-def test_more_than_a_tile(dtype, causal):
-    check_function(run_function, Case(dtype, 1, 2, 1, 150, 300, 64, 64, causal=causal))
+@pytest.mark.sanitize
+def test_more_than_a_tile(dtype, causal, device):
+    case = Case(dtype, 1, 2, 1, 150, 300, 64, 64, causal=causal)
+    check_function(run_function, served(case, device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("H", "L", "E", "Ev", "window"),
+    [(2, 1, 64, 64, (-1, -1)), (2, 3, 32, 72, (700, 0)), (8, 1, 72, 20, (700, 0))],
+)
+def test_few_queries_of_many_keys(dtype, H, L, E, Ev, window):
+    """Keys and values are read where they lie, and shared out in parts; the window's first key is
+    amid a block."""
+    case = Case(dtype, 5, H, 2, L, 1100, E, Ev, layout="BLHE", window=window)
+    check_function(run_function, case)
 
 
 def _raw_ops(ops, case, inputs, tensors):
@@ -117,26 +128,25 @@ def _raw_ops(ops, case, inputs, tensors):
     return [outs[0], lse_of(*outs[1:]), *softmax], grads
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@settings(draw, max_examples=40)
-@given(cases())
-def test_raw_ops(device, case):
+def test_raw_ops(device):
     """With lengths of sequences, and masks together with is_causal."""
-    case = replace(case, device=device)
     ops = backends.select("attention", device)
-    outs, grads = _raw_ops(ops, case, case.inputs(), case.tensors())
-    check_all(
-        (outs, grads),
-        _raw_ops(reference, case, *in_dtype(case, torch.float64)),
-        baselines(partial(_raw_ops, reference), case),
-    )
 
-    query, key, value = case.inputs()
-    for actual, like in zip((outs[0], *grads), (query, query, key, value), strict=False):
-        transposed = like.stride(1) < like.stride(2)
-        assert (actual.transpose(1, 2) if transposed else actual).is_contiguous()
-        assert actual.dtype == like.dtype
-    assert outs[1].dtype == wide(case.dtype)
+    def check(case):
+        outs, grads = _raw_ops(ops, case, case.inputs(), case.tensors())
+        check_all(
+            (outs, grads),
+            _raw_ops(reference, case, *in_dtype(case, torch.float64)),
+            baselines(partial(_raw_ops, reference), case),
+        )
+        query, key, value = case.inputs()
+        for actual, like in zip((outs[0], *grads), (query, query, key, value), strict=False):
+            transposed = like.stride(1) < like.stride(2)
+            assert (actual.transpose(1, 2) if transposed else actual).is_contiguous()
+            assert actual.dtype == like.dtype
+        assert outs[1].dtype == wide(case.dtype)
+
+    check_drawn(cases(), device, check, 40)
 
 
 @st.composite
@@ -159,19 +169,18 @@ def _run_varlen(case, inputs, tensors):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@settings(draw, max_examples=30)
-@given(packed_cases())
-def test_packed_sequences(device, case):
+def test_packed_sequences(device):
     """Through the function and the raw op, each sequence with its own lengths, 0 included."""
-    case = replace(case, device=device)
-    check_function(_run_varlen, case)
-    out, row_max, row_sum = backends.select("attention", device).attention(
-        *case.inputs(), *case.tensors(), **case.raw_options()
-    )
-    expected = _run_varlen(case, case.inputs(), case.tensors())
-    assert torch.equal(out, expected[0])
-    assert torch.equal(row_max + row_sum.log(), expected[1])
+    attention = backends.select("attention", device).attention
+
+    def check(case):
+        check_function(_run_varlen, case)
+        out, row_max, row_sum = attention(*case.inputs(), *case.tensors(), **case.raw_options())
+        expected = _run_varlen(case, case.inputs(), case.tensors())
+        assert torch.equal(out, expected[0])
+        assert torch.equal(row_max + row_sum.log(), expected[1])
+
+    check_drawn(packed_cases(), device, check, 30)
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 3, 4), (2, 0, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0)])
@@ -184,9 +193,10 @@ def test_empty_queries(shape):
     assert all(x.grad.shape == x.shape and x.grad.isfinite().all() for x in (q, k, v))
 
 
-def test_no_keys_give_zeros():
-    q, k, v = (torch.randn(2, 2, n, 4, requires_grad=True) for n in (3, 0, 0))
-    mask = torch.randn(3, 0, requires_grad=True)
+@pytest.mark.sanitize
+def test_no_keys_give_zeros(device):
+    q, k, v = (torch.randn(2, 2, n, 4, device=device, requires_grad=True) for n in (3, 0, 0))
+    mask = torch.randn(3, 0, device=device, requires_grad=True)
     out, lse = scaled_dot_product_attention(q, k, v, mask, return_lse=True)
     assert torch.equal(out, torch.zeros_like(out))
     assert torch.equal(lse, torch.full_like(lse, -math.inf))

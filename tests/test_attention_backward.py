@@ -132,11 +132,13 @@ def test_accuracy(case, deterministic, device):
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("case", PACKED.values(), ids=PACKED)
+@pytest.mark.sanitize
 def test_packed(case, deterministic, device):
     check(replace(case, device=device), deterministic)
 
 
 @pytest.mark.parametrize("case", MASKS.values(), ids=MASKS)
+@pytest.mark.sanitize
 def test_gradient_of_a_mask(case, device):
     check(replace(case, device=device))
 

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import bigkern
-from bigkern import scaled_dot_product_attention, varlen_attention
+from bigkern import backends, scaled_dot_product_attention, varlen_attention
 from bigkern.ops import reference
 from bigkern.ops.attention import attention_with_weights
 from bigkern.testing import assert_as_accurate
+
+DEVICES = ["cpu", "emulated", "cuda"]
 
 lengths = st.one_of(st.integers(1, 9), st.sampled_from([16, 31, 33, 64, 65, 100, 129]))
 
@@ -279,24 +281,23 @@ SEEDS = [(0, 0), (1, 2**32 - 1), (-1, 0), (2**63 - 1, 2**31), (-(2**63), 5), (2*
 
 
 @pytest.mark.parametrize("seed_offset", SEEDS)
-def test_the_mask_of_dropout_is_the_documented_one(seed_offset):
+def test_the_mask_of_dropout_is_the_documented_one(seed_offset, device):
+    ops = backends.select("attention", device)
     B, H, L, S, p = 2, 3, 9, 133, 0.4
-    philox = torch.tensor(seed_offset)
-    q, k = torch.zeros(B, H, L, 1), torch.zeros(B, H, S, 1)
-    v = torch.eye(S).expand(B, H, S, S)
+    philox = torch.tensor(seed_offset, device=device)
+    q, k = (torch.zeros(B, H, n, 1, device=device) for n in (L, S))
+    v = torch.eye(S, device=device).expand(B, H, S, S)
     options = {"philox": philox, "dropout_p": p, "scale": 1.0}
     expected = reference.dropout_factors(philox, (B, H, L, S), p)
-    out, *stats = torch.ops.bigkern.attention(q, k, v, **options)
+    out, *stats = ops.attention(q, k, v, **options)
     assert torch.equal(out > 0, expected > 0)
-    weights = torch.ops.bigkern.attention_weights(q, k, *stats, **options)
+    weights = ops.attention_weights(q, k, *stats, **options)
     assert torch.equal(weights > 0, expected > 0)
     # dV = W^T dO, so that unit vectors show the mask of the backward.
-    grad_out = torch.eye(L).expand(B, H, L, L)
-    value = torch.zeros(B, H, S, L)
-    out, *stats = torch.ops.bigkern.attention(q, k, value, **options)
-    grad_value = torch.ops.bigkern.attention_backward(
-        grad_out, None, q, k, value, out, *stats, **options
-    )[2]
+    grad_out = torch.eye(L, device=device).expand(B, H, L, L)
+    value = torch.zeros(B, H, S, L, device=device)
+    out, *stats = ops.attention(q, k, value, **options)
+    grad_value = ops.attention_backward(grad_out, None, q, k, value, out, *stats, **options)[2]
     assert torch.equal(grad_value.mT > 0, expected > 0)
 
 

@@ -62,3 +62,21 @@ def test_environment_variable(value, message):
     )
     assert (result.returncode == 0) == (message is None)
     assert message is None or message in result.stderr
+
+
+def test_a_backend_of_others_is_there_as_long_as_it_is_registered():
+    library = torch.library.Library("bigkern_others", "DEF")
+    schema = torch.ops.bigkern.grad_norm.default._schema
+    library.define(str(schema).removeprefix("bigkern::"))
+    library.impl("grad_norm", lambda *args, **options: torch.tensor(7.0), "CPU")
+    for _ in range(2):
+        with backends.registered("others", "bigkern_others"):
+            assert backends.available("grad_norm", "cpu") == ["native", "others"]
+            assert backends.available("adam_", "cpu") == ["native"]
+            assert grad_norm([torch.ones(4)]).item() == 2  # the first choice
+            with backends.use("others"):
+                assert grad_norm([torch.ones(4)]).item() == 7
+                compiled = torch.compile(grad_norm, fullgraph=True, backend="eager")
+                assert compiled([torch.ones(4)]).item() == 7  # by the op's fake
+        assert "others" not in backends.NAMESPACES
+        assert backends.available("grad_norm", "cpu") == ["native"]

@@ -155,6 +155,22 @@ def test_bank_conflicts(run, stride, conflicts):
     assert launch["bank_conflicts"] == 2 * conflicts
 
 
+@pytest.mark.parametrize(
+    ("stride", "offset", "sectors"),
+    [(1, 0, 4), (1, 1, 5), (2, 0, 8), (8, 0, 32), (33, 0, 32), (0, 0, 1)],
+)
+def test_sectors(run, stride, offset, sectors):
+    x = torch.arange(96 * 33.0 + 1)
+    out = torch.zeros(96 * 33 + 1)
+    run.controls.count_sectors(True)
+    try:
+        run("global_stride", x[offset:], out[offset:], stride, grid=(3, 1, 1))
+    finally:
+        run.controls.count_sectors(False)
+    (launch,) = run.controls.take_launches()
+    assert launch["sectors_read"] == launch["sectors_written"] == 3 * sectors
+
+
 # ---- Mistakes. Each kernel runs without its bug too. ----
 
 
@@ -196,6 +212,19 @@ BUGS = {
     "read_before_begin": (
         lambda run, bug: run("read_before_begin", FLOATS[1:33], torch.empty(32), 32, bug),
         r"ld.global\S* at bugs.cu:\d+: .* it begins 4 bytes before argument 0 .*\n.*\(0, 0, 0\)",
+    ),
+    "row_past_end": (
+        lambda run, bug: run(
+            *("row_past_end", FLOATS[:196], torch.empty(200)[:196], 28, 7, bug),
+            **{"grid": (1, 2, 1), "block": (16, 16, 1)},
+        ),
+        r"ld.global\S*f32 at bugs.cu:\d+: .* \d+ bytes after the end of argument 0 of 784 bytes\n"
+        r"  in kernel row_past_end, block \(0, 1, 0\), thread \(\d, 12, 0\)",
+    ),
+    "spin": (
+        lambda run, bug: run("spin", torch.zeros(1, dtype=torch.int32), bug, block=(64, 1, 1)),
+        r"deadlock: nanosleep\S* at bugs.cu:\d+ comes back again and again, and nothing else .*\n"
+        r"  in kernel spin, block \(0, 0, 0\), thread \(0, 0, 0\)",
     ),
     "shared_past_end": (
         lambda run, bug: run("shared_past_end", torch.empty(32), bug, smem=128),
@@ -314,5 +343,22 @@ PTX = """
 )
 def test_what_is_unknown_is_an_error_with_its_line(instruction):
     with pytest.raises(PtxError, match=r"some.cu:17: no rule for "):
-        translate(PTX.format(instruction), "register")
-    translate(PTX.format("add.s32 %r1, %r2, %r3;"), "register")
+        translate([PTX.format(instruction)], "register")
+    translate([PTX.format("add.s32 %r1, %r2, %r3;")], "register")
+
+
+@pytest.mark.parametrize(
+    ("instruction", "call"),
+    [
+        ("cp.async.commit_group;", "commit_copies()"),
+        ("cp.async.bulk.commit_group;", "commit_bulk_group()"),
+        ("cp.async.wait_group 1;", "wait_for_copies("),
+        ("cp.async.bulk.wait_group.read 1;", "wait_for_bulk_groups("),
+        ("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%r1], %r2;", "mbarrier_expect("),
+        ("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r1], %r2;", "mbarrier_arrive("),
+        ("fence.proxy.async.shared::cta;", "proxy_fence()"),
+        ("fence.acq_rel.gpu;", " fence()"),
+    ],
+)
+def test_instructions_of_like_names_are_told_apart(instruction, call):
+    assert call in translate([PTX.format(instruction)], "register")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cuda_compiler import ROOT
 from emulator import build
 from emulator_helpers import SCHEDULES, Kernels
 
@@ -28,6 +29,15 @@ def test_products(run, name, dtype, k, out_dtype):
     assert torch.equal(out, expected)
 
 
+@pytest.mark.parametrize("clamped", [False, True])
+def test_sums_of_integers_wrap_around_or_are_clamped(run, clamped):
+    a, b = torch.randint(-128, 128, (16, 32)), torch.randint(-128, 128, (8, 32))
+    out = torch.tensor([-(2**31), 2**31 - 1]).repeat(16, 4).int()
+    exact = out.long() + a @ b.T
+    run("product_s8" + clamped * "_clamped", a.char(), b.char(), out)
+    assert torch.equal(out, (exact.clamp(-(2**31), 2**31 - 1) if clamped else exact).int())
+
+
 def test_tf32_ignores_the_lower_bits(run):
     a, b = torch.full((16, 8), 1 + 2.0**-11), torch.eye(8)
     out = torch.zeros(16, 8)
@@ -48,6 +58,24 @@ def test_ldmatrix(run, stride, conflicts):
     assert torch.equal(out, (a @ b).float())
     (launch,) = run.controls.take_launches()
     assert (launch["bank_conflicts"] > 0) == conflicts
+
+
+@pytest.fixture(scope="module")
+def gemm():
+    header = ROOT / "csrc/cuda/ptx.cuh"
+    return Kernels("gemm", build.HERE / "kernels/gemm.cu", headers=(header,))
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 32), (7, 127, 64), (100, 70, 96), (64, 64, 32)])
+@pytest.mark.parametrize("schedule", ["asc", "desc", "random"])
+def test_a_tiled_product(gemm, m, n, k, schedule):
+    a, b = torch.randint(-10, 10, (m, k)), torch.randint(-10, 10, (n, k))
+    out = torch.zeros(m, n)
+    grid = (-(-n // 64), -(-m // 64), 1)
+    gemm.controls.set_schedule(schedule)
+    gemm.controls.find_races(True)
+    gemm("gemm", a.half(), b.half(), out, m, n, k, grid=grid, block=(128, 1, 1))
+    assert torch.equal(out, (a @ b.T).float())
 
 
 def pipeline(run, n, bug, schedule):

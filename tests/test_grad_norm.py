@@ -84,6 +84,7 @@ def test_grad_norm_depends_not_on_threads():
     assert torch.equal(norms[0], norms[2])
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_check_inf_finds_and_skips(dtype, bad, device):

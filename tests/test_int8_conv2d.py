@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bigkern import backends
@@ -13,6 +13,7 @@ from bigkern.ops.reference_int8 import ACTIVATIONS
 from bigkern.testing import assert_as_accurate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+DEVICES = ["cpu", "emulated", "cuda"]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -20,6 +21,11 @@ def make_weight(outputs, channels, kernel=(3, 3), groups=1):
     """int8 weight and scales; the extremes are among the values."""
     shape = (outputs, channels // groups, *kernel)
     return torch.randint(-127, 128, shape, dtype=torch.int8), torch.rand(outputs) + 0.1
+
+
+def on(device, t):
+    """Where it isn't yet, in the order in memory that it has."""
+    return None if t is None else t.to(device)
 
 
 def assert_like_reference(x, weight_q, weight_scale, bias=None, x_scale=None, **options):
@@ -66,29 +72,35 @@ def problems(draw):
     }
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(problems())
-def test_is_the_reference(problem):
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # `device` holds nothing of a case
+)
+@given(problem=problems())
+def test_is_the_reference(problem, device):
     arguments, options = problem
-    assert_like_reference(*arguments, **options)
+    assert_like_reference(*(on(device, t) for t in arguments), **options)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_extreme_values_and_many_terms(channels_last):
+def test_extreme_values_and_many_terms(channels_last, device):
     """Sums of 127 * 127 over 3 * 3 * 1000 channels, and of many blocks of output pixels."""
-    weight_q = torch.full((70, 1000, 3, 3), -127, dtype=torch.int8)
+    weight_q = torch.full((70, 1000, 3, 3), -127, dtype=torch.int8, device=device)
     weight_q[::2] = 127
-    x = torch.ones(1, 1000, 4, 4)
+    x = torch.ones(1, 1000, 4, 4, device=device)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     x = x.contiguous(memory_format=memory_format)
-    assert_like_reference(x, weight_q, torch.ones(70), padding=[1] * 4)
-    x = torch.randn(2, 5, 40, 33).contiguous(memory_format=memory_format)
-    assert_like_reference(x, *make_weight(7, 5), padding=[1] * 4)
+    assert_like_reference(x, weight_q, torch.ones(70, device=device), padding=[1] * 4)
+    x = torch.randn(2, 5, 40, 33, device=device).contiguous(memory_format=memory_format)
+    weight = (on(device, t) for t in make_weight(7, 5))
+    assert_like_reference(x, *weight, padding=[1] * 4)
 
 
-def test_any_strides():
-    x = torch.randn(9, 7, 4, 6).permute(2, 3, 1, 0)  # [4, 6, 7, 9]
-    weight_q, scale = make_weight(9, 6)
+def test_any_strides(device):
+    x = torch.randn(9, 7, 4, 6, device=device).permute(2, 3, 1, 0)  # [4, 6, 7, 9]
+    weight_q, scale = (on(device, t) for t in make_weight(9, 6))
     strided = weight_q.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
     assert torch.equal(strided, weight_q)
     assert torch.equal(
@@ -99,26 +111,28 @@ def test_any_strides():
 
 # Groups, and outputs of a group: those that are packed as one, by up to 16, and those that aren't.
 @pytest.mark.parametrize(("groups", "outputs"), [(1, 51), (3, 17), (34, 1), (23, 1), (6, 2)])
-def test_small_groups(groups, outputs):
-    weight_q, scale = make_weight(groups * outputs, groups * 3, (2, 3), groups)
+@pytest.mark.sanitize
+def test_small_groups(groups, outputs, device):
+    weight = make_weight(groups * outputs, groups * 3, (2, 3), groups)
+    weight_q, scale = (on(device, t) for t in weight)
     packed = pack_conv2d_weight(weight_q, groups)
     assert torch.equal(unpack_conv2d_weight(packed, weight_q.shape, groups), weight_q)
     for memory_format in (torch.contiguous_format, torch.channels_last):
-        x = torch.randn(2, groups * 3, 5, 6).contiguous(memory_format=memory_format)
+        x = torch.randn(2, groups * 3, 5, 6, device=device).contiguous(memory_format=memory_format)
         assert_like_reference(x, weight_q, scale, groups=groups)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("x_scale", [None, 0.1])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_images_that_are_not_finite(value, x_scale, channels_last):
-    x = torch.randn(3, 5, 6, 7)
+def test_images_that_are_not_finite(value, x_scale, channels_last, device):
+    x = torch.randn(3, 5, 6, 7, device=device)
     x[1, 3, 2, 4] = value
     x[2] = 0
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    weight_q, scale = make_weight(4, 5)
-    y = int8_conv2d(x, weight_q, scale, torch.ones(4), x_scale=x_scale)
+    weight_q, scale = (on(device, t) for t in make_weight(4, 5))
+    y = int8_conv2d(x, weight_q, scale, torch.ones(4, device=device), x_scale=x_scale)
     assert y[0].isfinite().all()
     assert y[1].isnan().all()
     assert (y[2] == 1).all()

@@ -11,6 +11,7 @@ from torch import nn
 
 from bigkern.nn import Int8Conv2d, input_ranges
 
+DEVICES = ["cpu", "emulated", "cuda"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 PADDINGS = [(0, "zeros"), ((1, 2), "zeros"), ("same", "zeros"), ("valid", "zeros")]
@@ -59,6 +60,20 @@ def make(mode="dynamic"):
     layer = Int8Conv2d.from_conv(conv, mode, input_range=torch.full((4,), 3.0), activation="silu")
     arguments = (4, 6, (3, 2), (1, 2), "valid", 1, 2, True, "circular", mode)
     return layer, lambda device=None: Int8Conv2d(*arguments, activation="silu", device=device)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6, 18])
+def test_forward_backward_and_state_on_each_device(groups, device):
+    conv = nn.Conv2d(18, 36, (3, 2), padding=1, groups=groups).to(device)
+    x = torch.randn(2, 18, 7, 6, device=device, requires_grad=True)
+    for mode in ("dynamic", "static"):
+        layer = Int8Conv2d.from_conv(conv, mode, input_range=x.detach().abs().amax((0, 2, 3)))
+        y = layer(x)
+        assert sqnr(y, double(conv)(x)) > 34
+        assert torch.autograd.grad(y.sum(), x)[0].isfinite().all()
+        assert torch.equal(copy.deepcopy(layer)(x), y)
+        last = layer(x.contiguous(memory_format=torch.channels_last))
+        assert torch.equal(last, y)
 
 
 @pytest.mark.parametrize("mode", ["dynamic", "static"])

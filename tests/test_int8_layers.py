@@ -14,6 +14,7 @@ import bigkern
 from bigkern.nn import Int8Linear
 from bigkern.testing import assert_as_accurate
 
+DEVICES = ["cpu", "emulated", "cuda"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 N, K = 65, 127
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -136,6 +137,32 @@ def test_gradient_of_the_input(options):
     if layer.outlier_columns is not None:
         weight[:, layer.outlier_columns] += layer.outlier_weight
     assert_as_accurate(actual, grad.double() @ weight, grad @ weight.float(), factor=3.0)
+
+
+@every_option
+def test_forward_backward_and_state_on_each_device(options, device):
+    linear = nn.Linear(K, N).to(device)
+    layer = Int8Linear.from_linear(linear, **options)
+    x = make_input(9).to(device).requires_grad_()
+    activation = {None: lambda y: y, "relu": F.relu, "silu": F.silu}[options.get("activation")]
+    y = layer(x)
+    assert sqnr(y, activation(double(linear)(x))) > 35
+    assert torch.autograd.grad(y.sum(), x)[0].isfinite().all()
+    loaded = constructed(options, device)
+    loaded.load_state_dict(layer.state_dict())
+    for other in (loaded, copy.deepcopy(layer)):
+        assert torch.equal(other(x), y)
+
+
+@every_option
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+def test_moves_to_a_gpu_and_back(options, device):
+    """The weight is packed otherwise there."""
+    _, layer = make(options)
+    x = make_input(9)
+    expected = layer(x)
+    assert sqnr(layer.to(device)(x.to(device)), expected.to(device)) > 80
+    assert torch.equal(layer.to("cpu")(x), expected)
 
 
 # Its state

@@ -22,6 +22,7 @@ from bigkern.train.config import CnnConfig, read_config
 from bigkern.train.errors import UserError
 from bigkern.train.loop import train
 
+DEVICES = ["cpu", "emulated", "cuda"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 GRADS = ["int8", "float"]
@@ -30,11 +31,11 @@ GRADS = ["int8", "float"]
 # The layer
 
 
-def problem(M=33, N=65, K=127, dtype=torch.float32, weight_dtype=torch.float32):
-    x = torch.randn(M, K).to(dtype).requires_grad_()
-    weight = torch.randn(N, K).to(weight_dtype).requires_grad_()
-    bias = torch.randn(N).to(weight_dtype).requires_grad_()
-    return x, weight, bias, torch.randn(M, N).to(dtype)
+def problem(M=33, N=65, K=127, dtype=torch.float32, weight_dtype=torch.float32, device="cpu"):
+    x = torch.randn(M, K).to(device, dtype).requires_grad_()
+    weight = torch.randn(N, K).to(device, weight_dtype).requires_grad_()
+    bias = torch.randn(N).to(device, weight_dtype).requires_grad_()
+    return x, weight, bias, torch.randn(M, N).to(device, dtype)
 
 
 def quantized(x, dtype):
@@ -71,13 +72,13 @@ def test_float_gradients_are_straight_through(shape, dtype):
 
 
 @pytest.mark.parametrize("shape", [(33, 65, 127), (1, 1, 1), (7, 1000, 3), (0, 4, 5)], ids=str)
-def test_int8_gradients_are_products_of_int8(shape):
-    x, weight, bias, grad = problem(*shape)
+def test_int8_gradients_are_products_of_int8(shape, device):
+    x, weight, bias, grad = problem(*shape, device=device)
     torch.manual_seed(3)
     y = int8_training_linear(x, weight, bias)
     actual = torch.autograd.grad(y, (x, weight, bias), grad)
     torch.manual_seed(3)
-    philox = torch.randint(-(2**63), 2**63 - 1, (2, 2))
+    philox = torch.randint(-(2**63), 2**63 - 1, (2, 2), device=device)
     for a, rows, (values, scale), key in (
         (actual[0], grad, reference_int8.quantize_rows(weight.detach()), philox[0]),
         (actual[1], grad.T, reference_int8.quantize_rows(x.detach()), philox[1]),

@@ -9,17 +9,18 @@ from bigkern import KVCache, attention_with_cache
 from bigkern.ops import reference
 from bigkern.testing import assert_as_accurate
 
+DEVICES = ["cpu", "emulated", "cuda"]
 B, H, E, EV, CAPACITY = 3, 4, 16, 24, 21
 
 
-def tokens(num, dtype=torch.float32, Hkv=2):
+def tokens(num, dtype=torch.float32, Hkv=2, device="cpu"):
     """Queries, keys and values of `num` tokens for each sequence."""
     shapes = (B, H, num, E), (B, Hkv, num, E), (B, Hkv, num, EV)
-    return [torch.randn(shape).to(dtype) for shape in shapes]
+    return [torch.randn(shape).to(device, dtype) for shape in shapes]
 
 
-def make_cache(dtype=torch.float32, Hkv=2):
-    cache = KVCache(B, Hkv, CAPACITY, E, EV, dtype=dtype)
+def make_cache(dtype=torch.float32, Hkv=2, device="cpu"):
+    cache = KVCache(B, Hkv, CAPACITY, E, EV, dtype=dtype, device=device)
     for buffer in (cache.keys, cache.values):
         buffer.fill_(torch.nan)  # what no token is in must not be read
     return cache
@@ -63,9 +64,10 @@ def assert_unchanged(cache, before):
     ],
     ids=lambda options: "+".join(options),
 )
-def test_prompt_and_steps_equal_the_whole(options, dtype, Hkv):
-    q, k, v = tokens(20, dtype, Hkv)
-    cache = make_cache(dtype, Hkv)
+def test_prompt_and_steps_equal_the_whole(options, dtype, Hkv, device):
+    options = {k: x.to(device) if torch.is_tensor(x) else x for k, x in options.items()}
+    q, k, v = tokens(20, dtype, Hkv, device)
+    cache = make_cache(dtype, Hkv, device)
     outs, start = [], 0
     for num in (7, 3, *[1] * 10):
         new = (x[:, :, start : start + num] for x in (q, k, v))
@@ -77,9 +79,10 @@ def test_prompt_and_steps_equal_the_whole(options, dtype, Hkv):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"window": (3, 0), "softcap": 2.0}])
-def test_sequences_of_different_length(options, dtype):
-    q, k, v = tokens(20, dtype)
-    cache = make_cache(dtype)
+@pytest.mark.sanitize
+def test_sequences_of_different_length(options, dtype, device):
+    q, k, v = tokens(20, dtype, device=device)
+    cache = make_cache(dtype, device=device)
     outs = [[] for _ in range(B)]
     done = [0] * B
     for num, added in [(9, [5, 0, 9]), (1, None), (1, None), (4, [0, 4, 1]), (2, None)]:

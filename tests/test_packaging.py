@@ -9,6 +9,7 @@ import sys
 import venv
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,6 +91,22 @@ def test_no_header_outside_of_the_stable_abi():
             assert header.startswith(
                 ("torch/csrc/stable/", "torch/headeronly/", "torch/csrc/inductor/aoti_torch/c/")
             ), f"{path} includes {header}"
+
+
+def test_info_tells_which_gpus_are_too_old(monkeypatch):
+    gpus = [
+        SimpleNamespace(name=name, major=major, minor=minor, total_memory=16 << 30)
+        for name, major, minor in (("Tesla T4", 7, 5), ("NVIDIA A100", 8, 0))
+    ]
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", gpus.__getitem__)
+    lines = [line for line in info.report().splitlines() if line.startswith("GPU:")]
+    assert lines[0].endswith(
+        "Tesla T4, sm_75, 16384 MiB; older than sm_80, which the CUDA kernels need: use torch's"
+    )
+    assert lines[1].endswith("NVIDIA A100, sm_80, 16384 MiB")
 
 
 @pytest.fixture(scope="session")

@@ -8,26 +8,40 @@ from bigkern.ops import reference_int8_training
 from bigkern.ops.int8_training import quantize_rows_stochastic
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(1, 1), (7, 127), (3, 1000), (64, 65), (0, 4), (4, 0), (129, 16), (1, 4097)]
+DEVICES = ["cpu", "emulated", "cuda"]
+SHAPES = [(1, 1), (7, 127), (3, 1000), (64, 65), (4, 0), (129, 16), (1, 4097)]
 
 
-def make_philox():
-    return torch.randint(-(2**63), 2**63 - 1, (2,))
+def make_philox(device="cpu"):
+    return torch.randint(-(2**63), 2**63 - 1, (2,)).to(device)
 
 
 @pytest.mark.parametrize("has_factor", [True, False])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_rounds_as_the_reference(shape, dtype, has_factor):
-    x = torch.randn(shape).to(dtype)
+def test_rounds_as_the_reference(shape, dtype, has_factor, device):
+    x = torch.randn(shape).to(device, dtype)
     x[-1:] = 0
-    factor = 3 * torch.rand(shape[1]) if has_factor else None
+    factor = 3 * torch.rand(shape[1], device=device) if has_factor else None
     for strided in (x, x.T.contiguous().T, x[:, None].expand(-1, 2, -1)[:, 1]):
-        philox = make_philox()
+        philox = make_philox(device)
         actual = quantize_rows_stochastic(strided, philox, factor)
         expected = reference_int8_training.quantize_rows_stochastic(x, philox, factor)
         for a, b in zip(actual, expected, strict=True):
             assert torch.equal(a, b)
+    assert [t.shape for t in quantize_rows_stochastic(x[:0], philox)] == [(0, shape[1]), (0,)]
+
+
+def test_quotients_beyond_127_saturate(device):
+    """Where max / (max / 127) is rounded up, and u is so small that their sum is below -127."""
+    x, philox = (
+        torch.full((8, 128), -1.00002003, device=device),
+        torch.tensor([661, 0], device=device),
+    )
+    assert x[3, 21] / (x.abs().amax() / 127) < -127
+    assert reference_int8_training.uniform(philox, x.shape)[3, 21] < 2**-18
+    values, _ = quantize_rows_stochastic(x, philox)
+    assert torch.equal(values, reference_int8_training.quantize_rows_stochastic(x, philox)[0])
 
 
 def test_rounds_to_neighbours_and_right_on_average():
@@ -47,11 +61,11 @@ def test_rounds_to_neighbours_and_right_on_average():
     assert (values == whole).float().mean() > 0.99  # u may round up to 1
 
 
-def test_rounding_depends_on_seed_offset_row_and_column():
-    x = torch.rand(2, 256).expand(2, 256).contiguous()
+def test_rounding_depends_on_seed_offset_row_and_column(device):
+    x = torch.rand(2, 256, device=device).expand(2, 256).contiguous()
     x[1] = x[0]
     draws = [
-        quantize_rows_stochastic(x, torch.tensor(philox))[0]
+        quantize_rows_stochastic(x, torch.tensor(philox, device=device))[0]
         for philox in ([1, 2], [1, 2], [2, 2], [1, 3], [1 + 2**32, 2])
     ]
     assert torch.equal(draws[0], draws[1])
@@ -63,10 +77,11 @@ def test_rounding_depends_on_seed_offset_row_and_column():
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_rows_that_are_not_finite(value):
-    x = torch.ones(3, 100)
+@pytest.mark.sanitize
+def test_rows_that_are_not_finite(value, device):
+    x = torch.ones(3, 100, device=device)
     x[1, 70] = value
-    values, scale = quantize_rows_stochastic(x, make_philox())
+    values, scale = quantize_rows_stochastic(x, make_philox(device))
     assert scale.isnan().tolist() == [False, True, False]
     assert not values[1].any()
     assert (values[0] == 127).all()

@@ -7,8 +7,10 @@ from bigkern import backends
 from bigkern.ops.reference_int8 import dequantize
 
 
-def packed_size(N: int, K: int) -> int:
-    """Bytes of a packed weight, see csrc/int8_mm.h."""
+def packed_size(N: int, K: int, device_type: str) -> int:
+    """Bytes of a packed weight, see csrc/int8_mm.h and csrc/cuda/int8_operand.cuh."""
+    if device_type == "cuda":
+        return (N * (K + 15 & -16) + 63 & -64) + 32
     panels, blocks, groups = (N + 15) // 16, (K + 511) // 512, (K + 3) // 4
     return 64 + 64 * panels * (blocks + groups)
 
@@ -30,7 +32,9 @@ def _fake_linear(x, weight_q, weight_scale, *tensors, out_dtype=None, **options)
 
 backends.register("int8_mm", _fake_int8_mm)
 backends.register("quantize_rows", fake_quantize_rows)
-backends.register("pack_weight", lambda weight_q: weight_q.new_empty(packed_size(*weight_q.shape)))
+backends.register(
+    "pack_weight", lambda w: w.new_empty(packed_size(w.size(0), w.size(1), w.device.type))
+)
 backends.register("unpack_weight", lambda packed, N, K: packed.new_empty(N, K))
 backends.register("int8_linear", _fake_linear)
 backends.register("weight_only_linear", _fake_linear)

@@ -43,7 +43,8 @@ def int8_conv2d(
         stride, padding, dilation, groups: as of torch's conv2d; padding may be "same" or "valid".
         kernel_size: of a packed weight, which doesn't tell.
         activation, out_dtype: as of int8_linear.
-        x_scale: a static scale of x, one or one for each image: values beyond it saturate.
+        x_scale: a static scale of x, one or one for each image: values beyond it saturate, and one
+            that is none raises an error on a CPU, gives NaN on a GPU.
 
     Returns:
         (N, O, H', W') or (O, H', W'), channels last where x is. Images with an infinity or NaN give

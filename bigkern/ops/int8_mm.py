@@ -16,7 +16,8 @@ def int8_mm(a: Tensor, b: Tensor) -> Tensor:
     Args:
         a: (..., M, K), int8, the full range from -128 to 127.
         b: (..., K, N), int8, on the device of a; the leading dimensions broadcast. Of either any
-            strides: a transposed b, as weights lie, is read as it lies.
+            strides: a transposed b, as weights lie, is read as it lies. On a GPU so is what lies in
+            rows (of b: or columns) of whole 16 bytes; anything else is copied first.
 
     Returns:
         (..., M, N), int32. Any size may be 0; with K = 0 the result is zeros.
@@ -58,6 +59,8 @@ def quantize_rows(
         x: (..., K), float32, bfloat16 or float16.
         static_scale: instead of max|x| / 127, a number for all rows, or a float32 tensor of one
             element or with one for each row (...), from 0 on. Beyond 127 steps values saturate.
+            On a GPU one that is negative or not finite isn't an error, which would take waiting for
+            the GPU: its rows have scale NaN.
 
     Returns:
         int8 values (..., K) from -127 to 127 and their float32 scale (...).
@@ -74,6 +77,9 @@ def quantize_rows(
 def pack_weight(weight_q: Tensor) -> Tensor:
     """The int8 weight (N, K) in the order in which :func:`int8_linear` reads it: an opaque tensor
     of one dimension, for this device alone. To keep in files, keep the plain weight.
+
+    On a CPU it has its shape within. On a GPU, where reading that would take waiting, it is the
+    plain weight in rows of whole 16 bytes, and its size is all that tells it from another.
 
     Raises:
         ValueError: another dtype or number of dimensions.
@@ -98,9 +104,10 @@ def int8_linear(
         y_{ij} = \mathrm{act}\Big(s_i\,t_j \sum_k q_{ik} w_{jk} + \mathrm{bias}_j\Big)
 
     with the integers :math:`q` and scales :math:`s` of x, :math:`w` and :math:`t` of the weight.
-    The sum is exact, what follows is in float32, rounded once; nothing
-    intermediate is stored. (Jacob et al. 2018, https://arxiv.org/abs/1712.05877, section 2.2; the
-    scales of rows as in Dettmers et al. 2022, https://arxiv.org/abs/2208.07339, equation 3.)
+    The sum is exact, what follows is in float32, rounded once; of what is in between, a GPU stores
+    the integers of x, a CPU nothing. (Jacob et al. 2018, https://arxiv.org/abs/1712.05877, section
+    2.2; the scales of rows as in Dettmers et al. 2022, https://arxiv.org/abs/2208.07339, equation
+    3.)
 
     The gradient of x is that of a linear layer with the weight that the integers stand for:
     quantising x counts as the identity. The bias has a gradient too.
@@ -112,7 +119,8 @@ def int8_linear(
         weight_scale: float32 (N).
         bias: (N), float32, bfloat16 or float16.
         activation: "relu", "gelu" (exact), "gelu_tanh" (its approximation), "silu" or None.
-        x_scale: a static scale of x, as quantize_rows's static_scale: values beyond it saturate.
+        x_scale: a static scale of x, as quantize_rows's static_scale: values beyond it saturate,
+            and one that is none raises an error on a CPU, gives NaN on a GPU.
         out_dtype: float32, bfloat16 or float16; x's by default.
 
     Returns:

@@ -20,18 +20,20 @@ namespace bigkern {
 
 namespace {
 
-// Keys are split only where there are few queries: then more units than threads are needed to share the work. How many
-// doesn't depend on the threads, so that the result doesn't either.
+// Keys are split only where there are few queries: then more units than threads are needed to share the work, if that
+// is worth it. How many doesn't depend on the threads, so that the result doesn't either.
 constexpr int64_t kRowsOfMicro = scalar::kGemmRows;  // of every instruction set
 constexpr int64_t kFewRows = 384, kUnitsWanted = 64, kLeastKeys = 512;
+constexpr double kLeastWork = kWorkPerThread / 4;
 constexpr int64_t kTileElements = 128 << 10;  // of queries and of their results: half a cache of 1 MiB
 constexpr int64_t kTilesPerThread = 4;
 
 int64_t num_splits(const AttentionProblem& problem) {
   const int64_t num_tiles = problem.batch * problem.kv_heads;
   if (num_tiles == 0 || problem.max_q_len * problem.group() > kFewRows) return 1;
+  const int64_t units = std::min<double>(kUnitsWanted, work_of(problem) / kLeastWork);
   const int64_t most = ceil_div(problem.max_k_len, kLeastKeys);
-  return std::clamp<int64_t>(kUnitsWanted / num_tiles, 1, std::max<int64_t>(most, 1));
+  return std::clamp<int64_t>(units / num_tiles, 1, std::max<int64_t>(most, 1));
 }
 
 // The larger a tile, the less often the keys are packed. The results don't depend on it.

@@ -28,7 +28,8 @@ class AttentionForward {
     v_ = workspace.take<Scalar>(kBlockKV * value_row_);
     s_ = workspace.take<Scalar>(kGemmRows * kScoresRow);
     o_ = workspace.take<Scalar>(tile_.num_rows * value_row_);
-    std::fill_n(s_, kGemmRows * kScoresRow, Scalar(0));  // beyond the last key no score is computed, only read
+    const int64_t rows = std::min<int64_t>(kGemmRows, tile_.num_rows);
+    std::fill_n(s_, rows * kScoresRow, Scalar(0));  // beyond the last key no score is computed, only read
   }
 
   BK_TARGET void run() {
@@ -38,34 +39,39 @@ class AttentionForward {
       pack<V>(operand<kPairs>(row), 1, depth_, q_ + r * depth_, 0);
     }
     std::fill_n(o_, tile_.num_rows * value_row_, Scalar(0));
-    std::fill_n(row_max_, kMaxBlockQ + kGroup, -std::numeric_limits<Scalar>::infinity());
-    std::fill_n(row_sum_, kMaxBlockQ + kGroup, Scalar(0));
+    std::fill_n(row_max_, tile_.num_rows + kGroup, -std::numeric_limits<Scalar>::infinity());
+    std::fill_n(row_sum_, tile_.num_rows + kGroup, Scalar(0));
 
     const ColumnRange met = tile_.all_keys();
     const int64_t end = std::min(unit_.j_end, met.end);
     for (int64_t j = std::max(unit_.j_begin, met.begin / kBlockKV * kBlockKV); j < end; j += kBlockKV) {
       if (!tile_.move_to(j)) continue;
-      // K^T  [panels, depth, kPanel],  V  [num_cols, value_dim]
+      // K^T  [panels, depth, kPanel],  V  [num_cols, value_dim]; few queries read them where they lie
       const auto keys = operand<kPairs>(tile_.keys(j));
-      const bool as_it_lies = tile_.num_rows <= kGemmRows && keys.col == 1 && depth_ % V::kWidth == 0;
-      if (!as_it_lies) pack_transposed<V>(keys, tile_.num_cols, depth_, k_);
-      const GemmB<Scalar> values = pack_values(tile_.values(j));
+      const bool reads_keys = tile_.num_rows <= kGemmRows && keys.col == 1 && depth_ % V::kWidth == 0;
+      const bool reads_values = tile_.num_rows <= kGemmRows && lies_in_registers(tile_.values(j));
+      if (!reads_keys) pack_transposed<V>(keys, tile_.num_cols, depth_, k_);
+      const GemmB<Scalar> values = reads_values ? GemmB<Scalar>{} : pack_values(tile_.values(j));
       for (int64_t r = 0; r < tile_.num_rows; r += kGemmRows) {
         const int64_t n = std::min<int64_t>(kGemmRows, tile_.num_rows - r);
         ColumnRange cols = tile_.cols_of(r, n);
         if (cols.begin == cols.end) continue;
         // S = Q @ K^T  [n, kBlockKV]
         const GemmA<Scalar> queries{q_ + r * depth_, depth_, 1};
-        if (as_it_lies) {
-          prefetch(tile_.values(j), tile_.num_cols, problem_.value_dim);
-          dot_rows<V, kPairs>(n, tile_.num_cols, depth_, queries, keys, s_, kScoresRow);
+        if (reads_keys) {
+          const ReadAhead<T> ahead{tile_.keys(j),   tile_.num_cols, problem_.head_dim,
+                                   tile_.values(j), tile_.num_cols, problem_.value_dim};
+          dot_rows<V, kPairs>(n, tile_.num_cols, depth_, queries, keys, ahead, s_, kScoresRow);
         } else {
           tile_.template product<kPairs>(r, n, queries, depth_, k_, s_);
         }
         // P = exp(S - row_max)
         softmax(r, n, cols);
-        if (as_it_lies) prefetch(tile_.keys(j + kBlockKV), std::min(kBlockKV, end - j - kBlockKV), problem_.head_dim);
         // O = diag(factor) O + P @ V  [n, value_dim]
+        if (reads_values) {
+          sum_values(n, j, cols, end);
+          continue;
+        }
         if (kPairs) cols = {cols.begin / 2, ceil_div(cols.end, 2)};
         gemm_rows<V, true, kPairs>(n, value_row_, cols.end - cols.begin, GemmA<Scalar>{s_ + cols.begin, kScoresRow, 1},
                                    values.data + cols.begin * values.row, values.row, o_ + r * value_row_, value_row_,
@@ -131,6 +137,22 @@ class AttentionForward {
     std::fill(p + std::clamp(regs.end, group.begin, group.end), p + group.end, Weight(0));
   }
 
+  // Whether the rows of V can be read in whole registers.
+  bool lies_in_registers(Matrix<T> values) const {
+    return !kPairs && values.col == 1 && value_row_ == problem_.value_dim;
+  }
+
+  // O = diag(factor) O + P @ V  [n, value_dim] for few rows; keys are read next, up to `end`.
+  BK_TARGET void sum_values(int64_t n, int64_t j, ColumnRange cols, int64_t end) {
+    if constexpr (!kPairs) {
+      const Matrix<T> values = tile_.values(j + cols.begin);
+      const int64_t num_cols = cols.end - cols.begin, next = j + kBlockKV;
+      const ReadAhead<T> ahead{values, num_cols, problem_.value_dim, tile_.keys(next), end - next, problem_.head_dim};
+      sum_rows<V>(n, value_row_, num_cols, GemmA<Scalar>{s_ + cols.begin, kScoresRow, 1}, values, ahead, o_, value_row_,
+                  factor_);
+    }
+  }
+
   // V as the right operand: packed, or where it lies.
   BK_TARGET GemmB<Scalar> pack_values(Matrix<T> values) {
     if constexpr (kPairs) {
@@ -138,11 +160,8 @@ class AttentionForward {
       return {v_, value_row_};
     }
     if constexpr (std::is_same_v<T, Scalar>) {
-      // Rows far apart would meet in few sets of the L1 cache; but few queries read each value once.
-      if (values.col == 1 && value_row_ == problem_.value_dim &&
-          (values.row == value_row_ || tile_.num_rows <= kGemmRows)) {
-        return {values.data, values.row};
-      }
+      // Rows far apart would meet in few sets of the L1 cache.
+      if (lies_in_registers(values) && values.row == value_row_) return {values.data, values.row};
     }
     pack<V>(values, tile_.num_cols, problem_.value_dim, v_, value_row_);
     return {v_, value_row_};

@@ -1,6 +1,6 @@
 // int8_conv2d on the CPU: quantizes the images to int8, padded and with the channels of a group adjacent, and
 // multiplies the patches gathered from them.
-#include "../int8_conv2d_call.h"
+#include "int8_conv2d_weight.h"
 #include "int8_epilogue.h"
 #include "int8_gemm.h"
 #include "int8_transpose.h"
@@ -225,6 +225,7 @@ Tensor int8_conv2d_op(Tensor x, Tensor weight_q, Tensor weight_scale, OptionalTe
   const Conv2dWeight weight(weight_q, x, s);
   FloatRows scales;
   if (x_scale) read_image_scale(*x_scale, x, scales, keep);
+  check_scale_values("x_scale", x_scale, scales);
   const ScalarType dtype = out_dtype.value_or(x.scalar_type());
   check_float("out_dtype", dtype);
   const Activation act = read_activation(activation);

@@ -1,6 +1,7 @@
 // int8_linear on the CPU.
 #include "../int8_mm_call.h"
 #include "int8_epilogue.h"
+#include "int8_packed.h"
 #include "int8_vec.h"
 #include "quantize.h"
 
@@ -24,19 +25,23 @@ namespace {
 Tensor int8_linear_op(Tensor x, Tensor weight_q, Tensor weight_scale, OptionalTensor bias, OptionalTensor x_scale,
                       std::optional<std::string> activation, std::optional<ScalarType> out_dtype) {
   TensorList keep;
-  FloatRows rows = float_rows("x", x, keep);
-  BK_CHECK(weight_scale.dim() == 1, "weight_scale must have shape [N], got ", shape(weight_scale));
-  const int64_t N = weight_scale.size(0);
-  const Int8Weight weight(weight_q, x, N, rows.cols);
-  read_static_scale("x_scale", x_scale, x, rows, keep);
-  const ScalarType dtype = out_dtype.value_or(x.scalar_type());
-  check_float("out_dtype", dtype);
-  Tensor out = torch::stable::new_empty(x, with_last(x, N), dtype);
+  const LinearCall call = check_linear(x, weight_q, weight_scale, x_scale, activation, out_dtype, keep);
+  check_scale_values("x_scale", x_scale, call.rows);
+  const FloatRows& rows = call.rows;
+  const int64_t N = call.N;
+  Int8Matrix plain;  // the weight as B [K, N]
+  const char* panels = nullptr;
+  if (call.is_plain) {
+    plain = {static_cast<const int8_t*>(weight_q.data_ptr()), weight_q.stride(1), weight_q.stride(0)};
+  } else {
+    panels = read_panels(weight_q, x, N, rows.cols);
+  }
+  Tensor out = torch::stable::new_empty(x, with_last(x, N), call.out_dtype);
   std::vector<float> scales(rows.rows);
   const LinearProblem problem{scales.data(),
                               read_weight_scale(weight_scale, x, keep),
                               read_bias(bias, x, N, keep),
-                              read_activation(activation),
+                              call.activation,
                               out.data_ptr(),
                               N};
 
@@ -44,15 +49,15 @@ Tensor int8_linear_op(Tensor x, Tensor weight_q, Tensor weight_scale, OptionalTe
   gemm.rows = rows.rows;
   gemm.depth = rows.cols;
   gemm.cols = N;
-  gemm.panels = weight.panels;
+  gemm.panels = panels;
   gemm.out = problem.out;
-  gemm.out_bytes = dtype == ScalarType::Float ? 4 : 2;
-  gemm.plain = [&](int64_t) { return weight.plain; };
+  gemm.out_bytes = call.out_dtype == ScalarType::Float ? 4 : 2;
+  gemm.plain = [&](int64_t) { return plain; };
   gemm.row_of = [&, quantize_row = quantize_row_kernel(rows.dtype)](int64_t, int64_t i, int8_t* scratch) {
     scales[i] = quantize_row(rows, i, scratch);
     return Int8Row{scratch, 1};
   };
-  const FinishUnit finish = finish_unit_kernel(dtype, problem.activation);
+  const FinishUnit finish = finish_unit_kernel(call.out_dtype, call.activation);
   gemm.finish = [&](const Int8Unit& unit, const int32_t* tile) { finish(problem, unit, tile); };
   int8_gemm(gemm);
   return out;

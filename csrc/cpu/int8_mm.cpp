@@ -1,24 +1,16 @@
 // int8_mm, pack_weight and unpack_weight on the CPU.
 #include "../int8_mm_call.h"
 #include "int8_gemm.h"
+#include "int8_packed.h"
 
 namespace bigkern {
 
 namespace {
 
 Tensor int8_mm_op(Tensor a, Tensor b) {
-  check_int8("a", a);
-  check_int8("b", b);
-  check_same_device("b", b, "a", a);
+  check_mm(a, b);
   const int64_t dim = a.dim();
-  BK_CHECK((dim == 2 || dim == 3) && b.dim() == dim, "a and b must both have 2 dimensions, or 3, got shapes ", shape(a),
-           " and ", shape(b));
   const bool is_batch = dim == 3;
-  BK_CHECK(!is_batch || a.size(0) == b.size(0), "b must have the batch size of a, ", a.size(0), ", got shape ",
-           shape(b));
-  BK_CHECK(a.size(dim - 1) == b.size(dim - 2), "b must have as many rows as a has columns, ", a.size(dim - 1),
-           ", got shape ", shape(b));
-
   Int8Gemm gemm;
   gemm.batch = is_batch ? a.size(0) : 1;
   gemm.rows = a.size(dim - 2);
@@ -50,8 +42,7 @@ Tensor int8_mm_op(Tensor a, Tensor b) {
 }
 
 Tensor pack_weight_op(Tensor weight_q) {
-  check_int8("weight_q", weight_q);
-  BK_CHECK(weight_q.dim() == 2, "weight_q must have shape [N, K], got ", shape(weight_q));
+  check_pack(weight_q);
   const PackedShape packed{weight_q.size(1), weight_q.size(0)};
   const PackedHeader header{PackedHeader::kMagic, packed.depth, packed.cols, {}};
   Tensor out = torch::stable::new_empty(weight_q, {static_cast<int64_t>(sizeof(header)) + packed.bytes()});
@@ -63,8 +54,7 @@ Tensor pack_weight_op(Tensor weight_q) {
 }
 
 Tensor unpack_weight_op(Tensor packed, int64_t N, int64_t K) {
-  check_int8("packed", packed);
-  BK_CHECK(packed.dim() == 1, "packed must have one dimension, got shape ", shape(packed));
+  check_unpack(packed);
   const PackedHeader header = read_packed_header(packed);
   BK_CHECK(header.cols == N && header.depth == K, "packed must be of shape [", N, ", ", K, "], got one of [",
            header.cols, ", ", header.depth, "]");

@@ -7,18 +7,7 @@ namespace bigkern {
 namespace {
 
 Tensor int8_scaled_mm_op(Tensor a, Tensor b, Tensor row_scale, std::optional<ScalarType> out_dtype) {
-  check_int8("a", a);
-  check_int8("b", b);
-  check_same_device("b", b, "a", a);
-  BK_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0), "a and b must have shapes [M, K] and [K, N], got ",
-           shape(a), " and ", shape(b));
-  BK_CHECK(row_scale.scalar_type() == ScalarType::Float && row_scale.dim() == 1 && row_scale.size(0) == a.size(0),
-           "row_scale must be torch.float32 of shape [", a.size(0), "], got ", name(row_scale.scalar_type()),
-           " of shape ", shape(row_scale));
-  check_same_device("row_scale", row_scale, "a", a);
-  const ScalarType dtype = out_dtype.value_or(ScalarType::Float);
-  check_float("out_dtype", dtype);
-
+  const ScalarType dtype = check_scaled_mm(a, b, row_scale, out_dtype);
   const int64_t N = b.size(1);
   Tensor out = torch::stable::new_empty(a, {a.size(0), N}, dtype);
   const Tensor scale = torch::stable::contiguous(row_scale);

@@ -18,6 +18,7 @@ std::tuple<Tensor, Tensor> quantize_rows_op(Tensor x, OptionalTensor static_scal
   TensorList keep;
   FloatRows rows = float_rows("x", x, keep);
   read_static_scale("static_scale", static_scale, x, rows, keep);
+  check_scale_values("static_scale", static_scale, rows);
   std::vector<int64_t> sizes = with_last(x, rows.cols);
   Tensor values = torch::stable::new_empty(x, sizes, ScalarType::Char);
   sizes.pop_back();

@@ -1,14 +1,10 @@
 // quantize_rows_stochastic on the CPU.
-#include <torch/csrc/stable/library.h>
-
+#include "../int8_mm_call.h"
 #include "../philox.h"
-#include "../tensors.h"
 #include "rounding.h"
 #include "workspace.h"
 
 namespace bigkern {
-
-using torch::headeronly::ScalarType;
 
 struct StochasticRows {
   const void* x;        // [rows, columns]
@@ -34,21 +30,7 @@ namespace {
 constexpr int64_t kElementsPerThread = 1 << 14;
 
 std::tuple<Tensor, Tensor> quantize_rows_stochastic(Tensor x, Tensor philox, std::optional<Tensor> factor) {
-  const ScalarType dtype = x.scalar_type();
-  BK_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
-           "x must be torch.float32, torch.bfloat16 or torch.float16, got ", name(dtype));
-  BK_CHECK(x.dim() == 2, "x must have 2 dimensions, got shape ", shape(x));
-  BK_CHECK(philox.scalar_type() == ScalarType::Long && philox.dim() == 1 && philox.size(0) == 2,
-           "philox must be torch.int64 of shape [2], got ", name(philox.scalar_type()), " of shape ", shape(philox));
-  if (factor) {
-    BK_CHECK(factor->scalar_type() == ScalarType::Float && factor->dim() == 1 && factor->size(0) == x.size(1),
-             "factor must be torch.float32 of shape [", x.size(1), "], got ", name(factor->scalar_type()), " of shape ",
-             shape(*factor));
-  }
-  for (const Tensor* t : {&philox, factor ? &*factor : &philox}) {
-    BK_CHECK(device_of(*t) == device_of(x), "philox and factor must be on ", name(device_of(x)), ", got ",
-             name(device_of(*t)));
-  }
+  check_stochastic(x, philox, factor);
   const int64_t rows = x.size(0), columns = x.size(1);
   Tensor values = torch::stable::new_empty(x, {rows, columns}, ScalarType::Char);
   Tensor scale = torch::stable::new_empty(x, {rows}, ScalarType::Float);
@@ -63,7 +45,7 @@ std::tuple<Tensor, Tensor> quantize_rows_stochastic(Tensor x, Tensor philox, std
                                static_cast<uint64_t>(key[0]),
                                static_cast<uint32_t>(key[1])};
   const StochasticKernel kernel = select(scalar::quantize_rows_stochastic_kernel, avx2::quantize_rows_stochastic_kernel,
-                                         avx512::quantize_rows_stochastic_kernel)(dtype);
+                                         avx512::quantize_rows_stochastic_kernel)(x.scalar_type());
   const int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, columns));
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { kernel(problem, begin, end); });
   return {values, scale};

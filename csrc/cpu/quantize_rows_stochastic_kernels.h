@@ -43,7 +43,8 @@ BK_TARGET __attribute__((noinline)) void round_down(const float* v, float scale,
     const float u = static_cast<float>(static_cast<int32_t>(words[c] >> 8)) * 0x1p-24f;
     const float t = v[c] / scale + u;
     const int32_t q = static_cast<int32_t>(t);
-    steps[c] = std::min(q - (t < static_cast<float>(q)), 127);
+    // -128 where v / scale is rounded to beyond -127.
+    steps[c] = std::max(std::min(q - (t < static_cast<float>(q)), 127), -127);
   }
   for (int64_t c = 0; c < kPhiloxColumns; ++c) values[c] = static_cast<int8_t>(steps[c]);
 }

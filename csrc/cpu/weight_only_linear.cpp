@@ -30,48 +30,30 @@ namespace {
 constexpr int64_t kUnitCols = 32;  // their weights and four rows of x fit the L2 cache up to K = 8,192
 
 Tensor weight_only_linear_op(Tensor x, Tensor weight_q, Tensor weight_scale, OptionalTensor bias, int64_t group_size) {
-  check_float("x", x.scalar_type());
-  check_int8("weight_q", weight_q);
-  BK_CHECK(x.dim() > 0, "x must have shape [..., K], got []");
-  BK_CHECK(weight_q.dim() == 2 && weight_q.size(1) == x.size(x.dim() - 1),
-           "weight_q must have shape [N, K] with the last size of x ", shape(x), " as K, got ", shape(weight_q));
-  check_same_device("weight_q", weight_q, "x", x);
-  const int64_t N = weight_q.size(0), K = weight_q.size(1);
-  BK_CHECK(group_size >= 0, "group_size must be 0 (whole rows) or positive, got ", group_size);
-  const int64_t num_groups = group_size == 0 ? 1 : ceil_div(K, group_size);
-  if (group_size == 0) {
-    BK_CHECK(weight_scale.dim() == 1 && weight_scale.size(0) == N, "weight_scale must have shape [", N, "], got ",
-             shape(weight_scale));
-  } else {
-    BK_CHECK(weight_scale.dim() == 2 && weight_scale.size(0) == N && weight_scale.size(1) == num_groups,
-             "weight_scale must have shape [", N, ", ", num_groups, "] for group_size ", group_size, ", got ",
-             shape(weight_scale));
-  }
+  const WeightOnlyCall call = check_weight_only(x, weight_q, weight_scale, group_size);
   TensorList keep;
   const auto contiguous = [&keep](const Tensor& t) {
     keep.push_back(torch::stable::contiguous(t));
     return keep.back().data_ptr();
   };
   const Tensor wide = x.scalar_type() == ScalarType::Float ? x : torch::stable::to(x, ScalarType::Float);
-  Tensor out = torch::stable::new_empty(x, with_last(x, N), x.scalar_type());
-  int64_t rows = 1;
-  for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= x.size(d);
-  const WeightOnlyProblem problem{rows,
-                                  K,
-                                  N,
-                                  group_size == 0 ? K : group_size,
-                                  num_groups,
+  Tensor out = torch::stable::new_empty(x, with_last(x, call.N), x.scalar_type());
+  const WeightOnlyProblem problem{call.rows,
+                                  call.K,
+                                  call.N,
+                                  call.group_size,
+                                  call.num_groups,
                                   static_cast<const float*>(contiguous(wide)),
                                   static_cast<const int8_t*>(contiguous(weight_q)),
                                   read_weight_scale(weight_scale, x, keep),
-                                  read_bias(bias, x, N, keep),
+                                  read_bias(bias, x, call.N, keep),
                                   out.data_ptr()};
   const WeightOnlyUnit unit = select<WeightOnlyChoice>(scalar::weight_only_unit_of, avx2::weight_only_unit_of,
                                                        avx512::weight_only_unit_of)(x.scalar_type(), group_size > 0);
   std::vector<int64_t> begins;
-  for (int64_t j = 0; j < N; j += kUnitCols) begins.push_back(j);
-  run_units(begins, static_cast<double>(rows) * N * K,
-            [&](int64_t begin) { unit(problem, begin, std::min(begin + kUnitCols, N)); });
+  for (int64_t j = 0; j < call.N; j += kUnitCols) begins.push_back(j);
+  run_units(begins, static_cast<double>(call.rows) * call.N * call.K,
+            [&](int64_t begin) { unit(problem, begin, std::min(begin + kUnitCols, call.N)); });
   return out;
 }
 

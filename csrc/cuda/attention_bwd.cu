@@ -23,23 +23,25 @@ __global__ void __launch_bounds__(128)
   if (query >= head.sequence.q_len) return;
 
   const T *x = head.query_row(g.grad_out, h, query), *y = head.query_row(p.out, h, query);
-  float sum = 0.f;
+  // For a query with one key dP - delta cancels, but for the rounding errors of both.
+  using Sum = std::conditional_t<std::is_same_v<T, float>, double, float>;
+  Sum sum = 0;
   if (vectorized) {
     for (int col = lane * 4; col < p.value_dim; col += 32 * 4) {
       const auto xs = load<4>(x + col), ys = load<4>(y + col);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) sum = fmaf(static_cast<float>(xs.at[e]), static_cast<float>(ys.at[e]), sum);
+      for (int e = 0; e < 4; ++e) sum = fma(static_cast<Sum>(xs.at[e]), static_cast<Sum>(ys.at[e]), sum);
     }
   } else {
     for (int col = lane; col < p.value_dim; col += 32) {
-      sum = fmaf(static_cast<float>(x[col * g.grad_out.col]), static_cast<float>(y[col * p.out.col]), sum);
+      sum = fma(static_cast<Sum>(x[col * g.grad_out.col]), static_cast<Sum>(y[col * p.out.col]), sum);
     }
   }
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
   if (lane > 0) return;
   if (g.grad_lse.data != nullptr) sum -= head.stat(g.grad_lse, h, query);
-  head.stat(g.delta, h, query) = sum;
+  head.stat(g.delta, h, query) = static_cast<float>(sum);
 }
 
 // ---- Host ----

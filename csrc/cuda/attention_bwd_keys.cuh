@@ -139,7 +139,7 @@ __device__ inline int place_of_sum(const BackwardLaunch& launch, int row, int co
 
 // kPlain: as the forward's; scores are scaled products of keys that causality and window select; scale is positive.
 template <class T, int kDim, bool kPlain>
-__global__ void __launch_bounds__(32 * key_tiles<T, kDim, kPlain>().warps())
+__global__ void __launch_bounds__(32 * key_tiles<T, kDim, kPlain>().warps(), 8 / key_tiles<T, kDim, kPlain>().warps())
     attention_keys_kernel(const __grid_constant__ AttentionProblem p,
                           const __grid_constant__ AttentionBackwardProblem g,
                           const __grid_constant__ BackwardLaunch launch) {
@@ -302,7 +302,10 @@ __global__ void __launch_bounds__(32 * key_tiles<T, kDim, kPlain>().warps())
               const float low = ds[m][n][2 * half], high = ds[m][n][2 * half + 1];
               T* const to = ds_smem.at(first_key + m * 16 + half * 8 + lane / 4, q + 8 * n, lane % 4 * 2);
               if constexpr (std::is_same_v<T, float>) {
-                store(to, Vector<float, 2>{low, high});
+                // Two rows share their banks: while the even one stores its low number, the odd one does the high one.
+                const int odd = lane / 4 % 2;
+                to[odd] = odd ? high : low;
+                to[1 - odd] = odd ? low : high;
               } else {
                 *reinterpret_cast<uint32_t*>(to) = pack_pair<T>(low, high);
               }

@@ -93,7 +93,7 @@ struct OnlineSoftmax {
 
 // kPlain: scores are scaled products of keys that causality and window select; scale is positive.
 template <class T, int kDim, bool kPlain>
-__global__ void __launch_bounds__(32 * tiles_of(kDim * sizeof(T), kPlain).warps)
+__global__ void __launch_bounds__(32 * tiles_of(kDim * sizeof(T), kPlain).warps, 2)
     attention_kernel(const __grid_constant__ AttentionProblem p, const __grid_constant__ AttentionLaunch launch) {
   constexpr AttentionTiles kTiles = tiles_of(kDim * sizeof(T), kPlain);
   constexpr int kRowTiles = kTiles.row_tiles, BLOCK_KV = kTiles.block_kv, kWarpRows = 16 * kRowTiles;
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(32 * tiles_of(kDim * sizeof(T), kPlain).warps)
 
     // S = Q @ K^T  [kWarpRows, BLOCK_KV]
     float s[kRowTiles][kN][4] = {};
-#pragma unroll
+#pragma unroll(kQueryInRegisters ? kDimSteps : 4)
     for (int k = 0; k < kDimSteps; ++k) {
       Fragment<T, 4> q[kRowTiles];
 #pragma unroll

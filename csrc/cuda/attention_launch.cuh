@@ -19,13 +19,6 @@ inline void check_supported(const AttentionProblem& p) {
            kMostFeatures, " features on a GPU, got ", p.head_dim, " and ", p.value_dim);
 }
 
-// A grid of one dimension, as only the first may have more than 65,535 blocks.
-inline dim3 grid_of(int64_t num_blocks) {
-  BK_CHECK(num_blocks < (int64_t{1} << 31), "attention of this size needs ", num_blocks,
-           " blocks, and a GPU has at most 2^31 - 1: split the batch");
-  return dim3(static_cast<unsigned>(num_blocks));
-}
-
 // Whether rows of `cols` elements are whole vectors of 16 bytes, at multiples of them.
 inline bool is_vectorized(const AttentionProblem& p, const AnyStrided& t, int64_t cols) {
   const int64_t chunk = p.dtype == ScalarType::Float ? 4 : 8;

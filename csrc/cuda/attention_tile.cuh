@@ -40,7 +40,17 @@ struct AttentionHead {
   }
 };
 
-// Keys [j, j + rows of the tile), zeros from the sequence's end on.
+// Queries [i, i + num_rows) of the head, zeros from the sequence's end on.
+template <class T, int kCols>
+__device__ void copy_queries(SharedTile<T, kCols> tile, int num_rows, const AttentionHead<T>& head,
+                             const AnyStrided& tensor, int64_t cols, int i, bool vectorized) {
+  const T* const first = head.query_row(tensor, head.h, 0);
+  const int num_queries = head.sequence.q_len - i;
+  const auto row_at = [&](int r) { return r < num_queries ? first + (i + r) * tensor.row : nullptr; };
+  copy_rows(tile, num_rows, row_at, cols, tensor.col, vectorized, first);
+}
+
+// Keys [j, j + num_rows), zeros from the sequence's end on.
 template <class T, int kCols>
 __device__ void copy_keys(SharedTile<T, kCols> tile, int num_rows, const AttentionHead<T>& head,
                           const AnyStrided& tensor, int64_t cols, int j, bool vectorized) {
@@ -119,9 +129,9 @@ struct AttentionScores {
 // The random bits of 32 keys, from a multiple of 32 on, for this lane's columns: word n has 16 each for the keys
 // 8 n + 2 (lane % 4) and the next.
 struct DropoutWords {
-  uint4 words;
+  uint4 words = {};
 
-  DropoutWords() = default;
+  DropoutWords() = default;  // keeps what a threshold of 0 lets pass: all
   __device__ DropoutWords(const AttentionProblem& p, int b, const AttentionRow& row, int j) {
     const auto bh = static_cast<uint32_t>(b * p.heads + row.head);
     words = philox(

@@ -31,6 +31,13 @@ __host__ __device__ constexpr Integer ceil_div(Integer a, Integer b) {
   return (a + b - 1) / b;
 }
 
+// A grid of one dimension, as far as one goes.
+inline dim3 grid_of(int64_t blocks) {
+  constexpr int64_t kMost = (int64_t{1} << 31) - 1;
+  if (blocks > kMost) throw std::invalid_argument("sizes must fit 2^31 - 1 blocks, got " + std::to_string(blocks));
+  return dim3(static_cast<unsigned>(blocks));
+}
+
 // Its name and template arguments, as in the source; "a kernel" where the driver can't load it.
 inline std::string kernel_name(const void* kernel) {
   const char* mangled = nullptr;
@@ -56,7 +63,8 @@ inline std::ostream& operator<<(std::ostream& out, dim3 d) {
 // The device is the current one.
 inline void check_launch(cudaError_t error, const void* kernel, dim3 grid, dim3 block, size_t smem_bytes) {
   if (error == cudaSuccess) return;
-  int device = 0, major = 0, minor = 0, most_smem = 0;
+  // These stay as they are where the device doesn't answer, after an earlier kernel's error.
+  int device = 0, major = 8, minor = 0, most_smem = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);

@@ -33,14 +33,17 @@ RUNTIME = HERE / "runtime"
 RUNTIME_FILES = sorted(RUNTIME.iterdir())
 TRANSLATOR = [*sorted(HERE.glob("*.py")), *sorted(RUNTIME.glob("*.h"))]
 TORCH = Path(torch.__file__).parent
-ARCHITECTURE = "compute_80"
 # x86-64-v3: AVX2, and instructions for std::fma and float16.
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-march=x86-64-v3"]
+# A wrong access of host code is an exception: runtime/faults.cpp.
+HOST = [*COMMON, "-O1", "-fnon-call-exceptions"]
 # Products and sums stay apart, as in PTX; an access may have any type.
 DEVICE = [*COMMON, "-O1", "-w", "-ffp-contract=off", "-fno-strict-aliasing", f"-I{RUNTIME}"]
 # Calls of torch that mean something else here: runtime/torch_hooks.cpp.
 WRAPPED = [
     "aoti_torch_get_data_ptr",
+    "torch_get_mutable_data_ptr",
+    "torch_get_const_data_ptr",
     "aoti_torch_delete_tensor_object",
     "aoti_torch_get_current_cuda_stream",
     "aoti_torch_create_device_guard",
@@ -51,10 +54,12 @@ WRAPPED = [
 
 
 class Sources(NamedTuple):
-    kernels: Sequence[Path]  # .cu
+    kernels: Sequence[Path] = ()  # .cu
     host: Sequence[Path] = ()  # .cpp
     headers: Sequence[Path] = ()  # what they include, besides toolkit and torch
     prelude: Sequence[Path] = ()  # included before each source
+    ptx: Sequence[Path] = ()  # of other compilers, without host code
+    architectures: Sequence[str] = ("80",)  # as many translations: "90a" too for Hopper's own code
 
 
 def load(name: str, sources: Sources) -> ModuleType:
@@ -63,8 +68,9 @@ def load(name: str, sources: Sources) -> ModuleType:
     Raises:
         cuda_compiler.NoCompilerError: nothing is cached, and there is no nvcc.
     """
-    inputs = [*sources.kernels, *sources.host, *sources.headers, *TRANSLATOR, *RUNTIME_FILES]
-    path = _cached(name, ".so", inputs, lambda out: _link(out, sources))
+    files = [*sources.kernels, *sources.host, *sources.headers, *sources.ptx]
+    inputs = [*files, *TRANSLATOR, *RUNTIME_FILES]
+    path = _cached(name, ".so", inputs, lambda out: _link(out, sources), sources.architectures)
     full_name = f"{name}.emulated"  # one of each name in a process
     loader = ExtensionFileLoader(full_name, str(path))
     module = module_from_spec(spec_from_file_location(full_name, path, loader=loader))
@@ -72,8 +78,14 @@ def load(name: str, sources: Sources) -> ModuleType:
     return module
 
 
-def _cached(name: str, suffix: str, inputs: Sequence[Path], make: Callable[[Path], object]) -> Path:
-    digest = hashlib.sha256(f"{torch.__version__} {sys.version}".encode())
+def _cached(
+    name: str,
+    suffix: str,
+    inputs: Sequence[Path],
+    make: Callable[[Path], object],
+    options: Sequence[str] = (),
+) -> Path:
+    digest = hashlib.sha256(f"{torch.__version__} {sys.version} {options}".encode())
     for file in (ROOT / "setup.py", Path(__file__), *inputs):
         digest.update(f"{file.name} {file.stat().st_size}\n".encode() + file.read_bytes())
     path = CACHE / f"{name}-{digest.hexdigest()[:16]}{suffix}"
@@ -99,6 +111,7 @@ def _run(*command: str | Path) -> str:
 def _link(out: Path, sources: Sources) -> None:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [pool.submit(_kernel_object, file, sources) for file in sources.kernels]
+        jobs += [pool.submit(_ptx_object, file) for file in sources.ptx]
         jobs += [pool.submit(_host_object, file, sources) for file in sources.host]
         jobs += [pool.submit(_runtime_object, file) for file in sorted(RUNTIME.glob("*.cpp"))]
         objects = [job.result() for job in jobs]
@@ -117,8 +130,8 @@ def _runtime_object(source: Path) -> Path:
     return _cached(
         f"runtime-{source.stem}",
         ".o",
-        RUNTIME_FILES,
-        lambda out: _run("g++", *COMMON, "-O2", *flags, "-c", source, "-o", out),
+        [source, *sorted(RUNTIME.glob("*.h"))],
+        lambda out: _run("g++", *COMMON, "-O3", *flags, "-c", source, "-o", out),
     )
 
 
@@ -128,33 +141,46 @@ def _host_object(source: Path, sources: Sources) -> Path:
         source.stem,
         ".o",
         [source, *sources.headers, *sources.prelude],
-        lambda out: _run("g++", *COMMON, "-O1", *flags, "-c", source, "-o", out),
+        lambda out: _run("g++", *HOST, *flags, "-c", source, "-o", out),
     )
 
 
 def _kernel_object(source: Path, sources: Sources) -> Path:
     inputs = [source, *sources.headers, *sources.prelude, *TRANSLATOR]
-    includes = _includes(sources)
-    return _cached(source.stem, ".cu.o", inputs, lambda out: _compile(source, includes, out))
+    make = lambda out: _compile(source, sources, out)  # noqa: E731
+    return _cached(source.stem, ".cu.o", inputs, make, sources.architectures)
+
+
+def _ptx_object(source: Path) -> Path:
+    register = f"emulator_register_{source.stem}"
+
+    def make(out: Path) -> None:
+        cpp = out.with_suffix(".cpp")
+        known = f"static const int known_ = (register_module({register}(nullptr)), 0);\n"
+        cpp.write_text(translate([source.read_text()], register) + known)
+        _run("g++", *DEVICE, "-c", cpp, "-o", out)
+
+    return _cached(source.stem, ".ptx.o", [source, *TRANSLATOR], make)
 
 
 def _includes(sources: Sources) -> list[str | Path]:
     return [part for file in sources.prelude for part in ("-include", file)]
 
 
-def _compile(source: Path, includes: Sequence[str | Path], out: Path) -> None:
+def _compile(source: Path, sources: Sources, out: Path) -> None:
     folder = out.parent
     host, cpp, device = (folder / f"{source.stem}{end}" for end in (".host.o", ".cpp", ".device.o"))
     # Under this name the host object asks for its own translation, whatever its kernels are called.
     register = f"emulator_register_{source.stem}"
     _run(
         *nvcc_command(),
-        f"-gencode=arch={ARCHITECTURE},code={ARCHITECTURE}",
+        *(f"-gencode=arch=compute_{a},code=compute_{a}" for a in sources.architectures),
         *("--cudart", "none", "--keep", "--keep-dir", folder),
-        f"-Xcompiler=-fPIC,-fno-gnu-unique,-D__cudaRegisterFatBinary={register}",
-        *(*includes, "-c", source, "-o", host),
+        f"-Xcompiler={','.join(HOST)},-D__cudaRegisterFatBinary={register}",
+        *(*_includes(sources), "-c", source, "-o", host),
     )
-    cpp.write_text(translate((folder / f"{source.stem}.ptx").read_text(), register))
+    ptx = [file.read_text() for file in sorted(folder.glob(f"{source.stem}*.ptx"))]
+    cpp.write_text(translate(ptx, register))
     _run("g++", *DEVICE, "-c", cpp, "-o", device)
     _run("ld", "-r", host, device, "-o", out)
 

@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Iterator
 from types import ModuleType
 
-import torch
 from cuda_compiler import ROOT
 
 from bigkern import backends
@@ -24,17 +23,6 @@ def load() -> ModuleType:
 
 @contextlib.contextmanager
 def backend() -> Iterator[None]:
-    """Makes ops called inside run emulated, those that have CUDA kernels."""
-    ops = getattr(torch.ops, NAMESPACE)
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    backends.NAMESPACES["emulated"] = NAMESPACE
-    for op, available in backends._available.items():
-        if hasattr(ops, op) and has_kernel(f"{NAMESPACE}::{op}", "CPU"):
-            available["emulated"] = ("cpu",)
-    try:
-        with backends.use("emulated"):
-            yield
-    finally:
-        del backends.NAMESPACES["emulated"]
-        for available in backends._available.values():
-            available.pop("emulated", None)
+    """Makes ops called inside run emulated."""
+    with backends.registered("emulated", NAMESPACE), backends.use("emulated"):
+        yield

@@ -31,6 +31,10 @@ class Register:
 class Immediate:
     text: str
 
+    @property
+    def number(self) -> int:
+        return int(self.text.rstrip("U"), 0)
+
 
 @dataclass(frozen=True)
 class Symbol:
@@ -44,6 +48,7 @@ class Symbol:
 class Address:
     base: Register | Immediate | Symbol
     offset: int = 0
+    coordinates: tuple = ()  # in a tensor map
 
 
 @dataclass(frozen=True)
@@ -295,8 +300,10 @@ class _Body:
         if "|" in text:
             return Vector(tuple(self.operand(o) for o in text.split("|")))
         if text.startswith("["):
-            base, offset = self._sum(text[1:-1])
-            return Address(self.operand(base), offset)
+            place, *coordinates = split(text[1:-1])
+            base, offset = self._sum(place)
+            items = self.operand(coordinates[0]).items if coordinates else ()
+            return Address(self.operand(base), offset, items)
         if text.startswith("!"):
             register = self.operand(text[1:])
             return Register(register.name, register.type, negated=True)

@@ -24,12 +24,16 @@ C_TYPES = {"f32": "float", "f64": "double", "pred": "bool"} | {
 
 @dataclass(frozen=True)
 class Rule:
-    emit: Callable[..., str]
+    emit: Callable
     types: frozenset[str]  # of the last modifier; empty: it is a modifier like the others
     modifiers: frozenset[str]
+    needs: frozenset[str]  # of the modifiers
+    is_collective: bool
 
     def fits(self, instruction: Instruction) -> bool:
         modifiers = list(instruction.modifiers)
+        if not self.needs.issubset(modifiers):
+            return False
         if self.types and (not modifiers or modifiers.pop() not in self.types):
             return False
         return self.modifiers.issuperset(modifiers)
@@ -38,12 +42,19 @@ class Rule:
 _rules: dict[str, list[Rule]] = {}
 
 
-def rule(opcodes: str, types: str = "", modifiers: str = "") -> Callable:
-    """Makes a function of (context, instruction), which returns C++, the rule for `opcodes`."""
+def rule(
+    opcodes: str, types: str = "", modifiers: str = "", needs: str = "", is_collective: bool = False
+) -> Callable:
+    """Makes a function of (context, instruction), which returns C++, the rule for `opcodes`.
 
-    def register(emit: Callable[..., str]) -> Callable[..., str]:
+    It returns a `together.Collective` where `is_collective`: a warp does it together.
+    """
+
+    def register(emit: Callable) -> Callable:
         for opcode in opcodes.split():
-            known = Rule(emit, frozenset(types.split()), frozenset(modifiers.split()))
+            known = Rule(
+                emit, *(frozenset(x.split()) for x in (types, modifiers, needs)), is_collective
+            )
             _rules.setdefault(opcode, []).append(known)
         return emit
 

@@ -2,22 +2,23 @@
 
 from emulator.parse import Immediate, PtxError
 from emulator.rules import rule
-from emulator.rules_memory import pointer
+from emulator.rules_memory import shared_offset
+from emulator.together import Collective
 
 
 @rule("cp", "", "async ca cg shared shared::cta global L2::64B L2::128B L2::256B")
 def copy_async(c, i):
     """Of `size` bytes, those from the fourth operand on are 0 and aren't read."""
     to, source, size, *size_read = i.operands
-    if not isinstance(size, Immediate) or size.text not in ("4", "8", "16"):
+    if not isinstance(size, Immediate) or size.number not in (4, 8, 16):
         raise PtxError(f"{i.source}: no rule for a copy of {size}")
-    n, site = size.text, c.site(i)
+    n, site = size.number, c.site(i)
     count = c.value(size_read[0], "u32") if size_read else n
     to = f"{c.value(to.base, 'u32')} + {to.offset}"
     source = f"{c.value(source.base, 'u64')} + {source.offset}"
     return (
         f"uint32_t n_ = {count}; auto* from_ = partial_global_pointer<{n}>({site}, {source}, n_); "
-        f"copy_async(shared_pointer<Write, {n}>({c.site(i)}, {to}), from_, {n}, n_);"
+        f"copy_async({site}, shared_pointer<Write, {n}>({c.site(i)}, {to}), from_, {n}, n_);"
     )
 
 
@@ -33,41 +34,42 @@ def wait(c, i):
     return f"wait_for_copies({c.value(i.operands[0], 'u32')});"
 
 
-# The types of D, A, B and C -> how many elements a register of A or B has.
+# The types of D, A, B and C -> how registers hold A and B, and how many elements one has.
 PRODUCTS = {
-    ("f32", "f16", "f16", "f32"): 2,
-    ("f32", "bf16", "bf16", "f32"): 2,
-    ("f32", "tf32", "tf32", "f32"): 1,
-    ("s32", "s8", "s8", "s32"): 4,
+    ("f32", "f16", "f16", "f32"): ("F16", 2),
+    ("f32", "bf16", "bf16", "f32"): ("Bf16", 2),
+    ("f32", "tf32", "tf32", "f32"): ("Tf32", 1),
+    ("s32", "s8", "s8", "s32"): ("S8", 4),
 }
 SHAPES = "m16n8k4 m16n8k8 m16n8k16 m16n8k32"
 
 
-@rule("mma", "", f"sync aligned {SHAPES} row col f32 f16 bf16 tf32 s32 s8")
+@rule(
+    "mma",
+    "",
+    f"sync aligned {SHAPES} row col satfinite f32 f16 bf16 tf32 s32 s8",
+    is_collective=True,
+)
 def multiply(c, i):
     d, a, b, accumulator = (o.items for o in i.operands)
-    types = i.modifiers[-4:]
-    k = 4 * len(b) * PRODUCTS.get(types, 0)
-    if f"m16n8k{k}" != i.modifiers[2] or i.modifiers[3:5] != ("row", "col"):
+    element, elements = PRODUCTS.get(i.modifiers[-4:], ("", 0))
+    if i.modifiers[2:5] != (f"m16n8k{4 * len(b) * elements}", "row", "col"):
         raise PtxError(f"{i.source}: no rule for the instruction `{i.text}`")
-    lines = ["Fragments f_{};", f"f_.num_b = {len(b)};"]
-    for name, registers in (("a", a), ("b", b), ("c", accumulator)):
-        lines += [f"f_.{name}[{n}] = {c.value(r, 'b32')};" for n, r in enumerate(registers)]
-    lines.append(f"multiply({c.site(i)}, Element::{types[1]}, f_);")
-    lines += [c.assign(r, "b32", f"f_.d[{n}]") for n, r in enumerate(d)]
-    return " ".join(lines)
+    saturates = "Saturating" if "satfinite" in i.modifiers else ""  # integers alone may
+    work = f"multiply<{element}{saturates}, {len(b)}>"
+    return Collective(work, (*a, *b, *accumulator), tuple((r, "b32") for r in d))
 
 
-@rule("ldmatrix", "b16", "sync aligned m8n8 x1 x2 x4 trans shared shared::cta")
+@rule("ldmatrix", "b16", "sync aligned m8n8 x1 x2 x4 trans shared shared::cta", is_collective=True)
 def load_matrices(c, i):
     target, address = i.operands
     registers = getattr(target, "items", (target,))
-    transposed = str("trans" in i.modifiers).lower()
-    row = f"current->lane < {8 * len(registers)} ? {pointer(c, i, address, 16, 'Read')} : nullptr"
-    lines = [f"MatrixLoad m_{{{row}, {len(registers)}, {transposed}, {{}}}};"]
-    lines.append(f"load_matrices({c.site(i)}, m_);")
-    lines += [c.assign(r, "b32", f"m_.registers[{n}]") for n, r in enumerate(registers)]
-    return " ".join(lines)
+    row = shared_offset(c, i, address, 16, "Read")
+    count = len(registers)
+    if count < 4:  # the other lanes' addresses don't matter
+        row = f"current->lane < {8 * count} ? {row} : 0"
+    work = f"load_matrices<{count}, {str('trans' in i.modifiers).lower()}>"
+    return Collective(work, (row,), tuple((r, "b32") for r in registers))
 
 
 @rule("cvt", "f32", "rna tf32")

@@ -5,6 +5,7 @@ from emulator.rules import BITS, C_TYPES, FLOATS, HALVES, INTEGERS, bits, rule
 
 SPACES = ("global", "shared", "local", "param", "const")
 # Who sees an access when, and caches: threads run one after another here, on one memory.
+STRONG = {"relaxed", "acquire", "release", "acq_rel", "volatile"}
 ORDERS = "relaxed acquire release acq_rel volatile weak cta cluster gpu sys noftz"
 CACHES = "nc ca cg cs cv wb wt L1::no_allocate L1::evict_last L2::64B L2::128B L2::256B"
 DATA = f"{BITS} {INTEGERS} {FLOATS} f16 bf16"
@@ -24,6 +25,10 @@ def pointer(c, i, address: Address, size: int, kind: str) -> str:
     return f"{space}_pointer<{kind}, {size}>({c.site(i)}, {base} + {address.offset})"
 
 
+def shared_offset(c, i, address: Address, size: int, kind: str) -> str:
+    return f"(uint32_t)({pointer(c, i, address, size, kind)} - block.smem)"
+
+
 def _access(c, i, address, value, kind):
     """The pointer, and each element with its offset and its type."""
     items = value.items if isinstance(value, Vector) else (value,)
@@ -32,26 +37,35 @@ def _access(c, i, address, value, kind):
     return f"auto* p_ = {p};", [(item, f"p_ + {n * width}") for n, item in enumerate(items)]
 
 
+def _ordered(i, text: str) -> str:
+    """Acquire and release order no more than a fence does, nor less."""
+    before = {"release", "acq_rel"}.intersection(i.modifiers)
+    after = {"acquire", "acq_rel"}.intersection(i.modifiers)
+    return f"{'fence(); ' if before else ''}{text}{' fence();' if after else ''}"
+
+
 STATES = "global shared shared::cta local param const v2 v4 v8"
 
 
 @rule("ld ldu", DATA, f"{STATES} {ORDERS} {CACHES}")
 def load(c, i):
     target, address = i.operands
-    declare, items = _access(c, i, address, target, "Read")
+    kind = "StrongRead" if STRONG.intersection(i.modifiers) else "Read"
+    declare, items = _access(c, i, address, target, kind)
     # Into variables at first: an address may be in a register that is loaded.
     kind = C_TYPES[i.type]
     loads = [f"{kind} x{n}_ = load<{kind}>({p});" for n, (_, p) in enumerate(items)]
     assigns = [c.assign(item, i.type, f"x{n}_") for n, (item, _) in enumerate(items)]
-    return " ".join([declare, *loads, *assigns])
+    return _ordered(i, " ".join([declare, *loads, *assigns]))
 
 
 @rule("st", DATA, f"{STATES} {ORDERS} {CACHES}")
 def store(c, i):
     address, value = i.operands
-    declare, items = _access(c, i, address, value, "Write")
+    kind = "StrongWrite" if STRONG.intersection(i.modifiers) else "Write"
+    declare, items = _access(c, i, address, value, kind)
     stores = [f"store<{C_TYPES[i.type]}>({p}, {c.value(item, i.type)});" for item, p in items]
-    return " ".join([declare, *stores])
+    return _ordered(i, " ".join([declare, *stores]))
 
 
 @rule(
@@ -73,7 +87,7 @@ def atomic(c, i):
     else:
         new = OPERATIONS[operation].format(*arguments, type=kind)
     update = f"auto* p_ = {p}; {kind} old_ = load<{kind}>(p_); store<{kind}>(p_, {new});"
-    return f"{update} {c.assign(target, i.type, 'old_')}"
+    return _ordered(i, f"{update} {c.assign(target, i.type, 'old_')}")
 
 
 OPERATIONS = {
@@ -93,5 +107,5 @@ OPERATIONS = {
 @rule("membar", "", "cta gl sys")
 @rule("fence", "", "acq_rel sc cta cluster gpu sys")
 def fence(c, i):
-    """Threads run one after another on one memory."""
-    return ""
+    """Threads run one after another on one memory: it is for finding races alone."""
+    return "fence();"

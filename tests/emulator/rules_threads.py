@@ -1,7 +1,8 @@
 """Control flow, and what threads of a block do together."""
 
-from emulator.parse import PtxError, Register, Vector
+from emulator.parse import PtxError, Register, Symbol, Vector
 from emulator.rules import C_TYPES, bits, rule
+from emulator.together import Collective
 
 
 @rule("bra", "", "uni")
@@ -68,17 +69,14 @@ def warp_barrier(c, i):
     return f"warp_barrier({c.site(i)}, {c.value(i.operands[0], 'u32')});"
 
 
-@rule("shfl", "b32", "sync up down bfly idx")
+@rule("shfl", "b32", "sync up down bfly idx", is_collective=True)
 def shuffle(c, i):
     target, *values = i.operands
-    mode = i.modifiers[1]
-    outputs = target.items if isinstance(target, Vector) else (target,)
-    arguments = ", ".join(c.value(v, "u32") for v in values)
-    call = f"auto s_ = shuffle({c.site(i)}, Shuffle::{mode}, {arguments});"
-    parts = [c.assign(outputs[0], "u32", "s_.value")]
-    if len(outputs) > 1:
-        parts.append(c.assign(outputs[1], "pred", "s_.is_in_range"))
-    return " ".join([call, *parts])
+    value, is_in_range = [*getattr(target, "items", (target,)), Symbol("_")][:2]
+    inputs = tuple(v if isinstance(v, Register) else c.value(v, "u32") for v in values[:-1])
+    work = f"shuffle<Shuffle::{i.modifiers[1]}>"
+    mask = c.value(values[-1], "u32")
+    return Collective(work, inputs, ((value, "b32"), (is_in_range, "pred")), mask)
 
 
 @rule("vote", "b32 pred", "sync ballot any all uni")

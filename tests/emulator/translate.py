@@ -1,15 +1,18 @@
 """A parsed module to C++, against `runtime/ptx.h`: a function each, and a table of the kernels."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from emulator import (  # noqa: F401
     rules,
     rules_arithmetic,
     rules_convert,
+    rules_hopper,
     rules_matrices,
     rules_memory,
     rules_threads,
+    rules_wgmma,
 )
 from emulator.parse import (
     Address,
@@ -27,6 +30,7 @@ from emulator.parse import (
     parse,
 )
 from emulator.rules import C_TYPES, bits
+from emulator.together import arrange, emit
 
 SPECIAL_REGISTERS = {
     f"%{register}.{axis}": f"{place}.{axis}"
@@ -51,12 +55,27 @@ SPECIAL_REGISTERS = {
 MAX_LOCAL_BYTES = 64 * 1024  # of a thread; a stack has 256 KiB
 
 
-def translate(ptx: str, register: str) -> str:
-    """`register`: the C function that nvcc's host code calls for the module."""
-    module = parse(ptx)
+def translate(ptx: Sequence[str], register: str) -> str:
+    """`ptx`: of the same source, for several architectures.
+
+    `register`: the C function that nvcc's host code calls for it, which returns a table of them.
+    """
+    modules = [parse(text) for text in ptx]
+    parts = ['#include "hopper.h"', "using namespace emulator;"]
+    names = [f"sm_{m.architecture}{'a' * m.is_specific}" for m in modules]
+    for module, name in zip(modules, names, strict=True):
+        parts += [f"namespace {name} {{ namespace {{", *_module(module), "} }"]
+    table = ", ".join([*(f"&{name}::module_" for name in names), "nullptr"])
+    parts.append(
+        f'extern "C" void** {register}(void*) {{ static const Module* modules[] = {{{table}}}; '
+        "return (void**)modules; }"
+    )
+    return "\n".join(parts) + "\n"
+
+
+def _module(module: Module) -> list[str]:
     symbols = {v.name: f"v_{_c_name(v.name)}" for v in module.variables if v.space != "shared"}
-    parts = ['#include "ptx.h"', "using namespace emulator;", "namespace {"]
-    parts += [_definition(v, symbols) for v in module.variables if v.space != "shared"]
+    parts = [_definition(v, symbols) for v in module.variables if v.space != "shared"]
     parts += [f"{_signature(f)};" for f in module.functions]
     kernels = []
     for function in module.functions:
@@ -72,11 +91,12 @@ def translate(ptx: str, register: str) -> str:
         f"const Module module_{{kernels, {len(kernels)}, variables, {len(variables)}, "
         f"{module.architecture}, {specific}}};"
     )
-    parts.append("}")
-    parts.append(
-        f'extern "C" void** {register}(void*) {{ return (void**)const_cast<Module*>(&module_); }}'
-    )
-    return "\n".join(parts) + "\n"
+    return parts
+
+
+def bit_cast(c_type: str, value: str) -> str:
+    """Not by a template of ours, whose lookups took the compiler a third of its time."""
+    return f"__builtin_bit_cast({c_type}, {value})"
 
 
 def _table(kind: str, name: str, rows: list[str]) -> str:
@@ -127,7 +147,8 @@ class Context:
         self.function, self.module = function, module
         self.symbols = {name: f"(uint64_t){c}" for name, c in symbols.items()}
         self.places: dict[str, str] = {}  # parameters, the function's and those of its calls
-        self.sites: list[str] = []
+        self.statics: list[str] = []
+        self.arrays: list[str] = []  # of addresses of registers
         self._lay_out()
 
     def _lay_out(self) -> None:
@@ -175,7 +196,7 @@ class Context:
             if kind == "pred" or operand.type == "pred":
                 return f"{'!' if operand.negated else ''}{operand.name}"
             if kind in ("f32", "f64"):
-                return f"as<{c_type}>({operand.name})"
+                return bit_cast(c_type, operand.name)
             return f"(({c_type}){operand.name})"
         if isinstance(operand, Immediate):
             return self._immediate(operand.text, kind)
@@ -189,12 +210,12 @@ class Context:
 
     def _immediate(self, text: str, kind: str) -> str:
         if match := re.fullmatch(r"0[fF]([0-9a-fA-F]{8})", text):
-            return f"as<float>(0x{match[1]}u)" if kind == "f32" else f"0x{match[1]}u"
+            return bit_cast("float", f"0x{match[1]}u") if kind == "f32" else f"0x{match[1]}u"
         if match := re.fullmatch(r"0[dD]([0-9a-fA-F]{16})", text):
-            return f"as<double>(0x{match[1]}ull)" if kind == "f64" else f"0x{match[1]}ull"
+            return bit_cast("double", f"0x{match[1]}ull") if kind == "f64" else f"0x{match[1]}ull"
         if not re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)U?", text):
             raise PtxError(f"{self.where}: no rule for the operand {text}")
-        number = int(text.rstrip("U"), 0)
+        number = Immediate(text).number
         if kind == "pred":
             return str(number != 0).lower()
         return f"(({C_TYPES[kind]}){number & 2**64 - 1}ull)"
@@ -208,7 +229,8 @@ class Context:
         if kind == "pred":
             return f"{target.name} = {expression};"
         if kind in ("f32", "f64"):
-            return f"{target.name} = as<uint{bits(kind)}_t>(({C_TYPES[kind]})({expression}));"
+            value = f"({C_TYPES[kind]})({expression})"
+            return f"{target.name} = {bit_cast(f'uint{bits(kind)}_t', value)};"
         return f"{target.name} = (uint{bits(target.type)}_t)({C_TYPES[kind]})({expression});"
 
     def parameter(self, name: str) -> str | None:
@@ -228,20 +250,32 @@ class Context:
     def site(self, instruction: Instruction) -> str:
         """A place that memory is accessed, or that threads meet, as messages name it."""
         name = ".".join((instruction.opcode, *instruction.modifiers))
-        self.sites.append(
-            f'static Site site_{len(self.sites)}{{"{name}", "{instruction.source}"}};'
-        )
-        return f"site_{len(self.sites) - 1}"
+        return self.define("Site", [f'"{name}"', f'"{instruction.source}"'])
+
+    def define(self, kind: str, values: list[str], is_array: bool = False) -> str:
+        """A static variable of the function."""
+        name = f"static_{len(self.statics)}"
+        declared = f"{name}[]" if is_array else name
+        self.statics.append(f"static {kind} {declared} = {{{', '.join(values)}}};")
+        return name
+
+    def addresses(self, registers: Sequence[Register]) -> str:
+        """An array of them, for what is written later."""
+        name = f"addresses_{len(self.arrays)}"
+        items = ", ".join(f"&{r.name}" for r in registers)
+        self.arrays.append(f"uint32_t* const {name}[] = {{{items}}};")
+        return name
 
     # ---- The function ----
 
     def definition(self) -> list[str]:
         body = self._body()
-        lines = [f"{_signature(self.function)} {{", *self.sites]
+        lines = [f"{_signature(self.function)} {{", *self.statics]
         lines += [
             f"{'bool' if r.type == 'pred' else f'uint{bits(r.type)}_t'} {r.name} = 0;"
             for r in self.function.registers
         ]
+        lines += self.arrays
         for v in self.local:
             name = self.places[v.name]
             lines.append(f"alignas({max(v.align, 16)}) unsigned char {name}[{v.size}];")
@@ -255,7 +289,7 @@ class Context:
         def flush() -> None:
             if stretch:
                 lines.append(f"block.instructions += {len(stretch)};")
-                lines.extend(stretch)
+                lines.extend(self._statement(item) for item in arrange(stretch))
                 stretch.clear()
 
         for item in self.function.body:
@@ -263,17 +297,21 @@ class Context:
                 flush()
                 lines.append(f"{self.label(item.name)}:;")
                 continue
-            self.where = item.source or self.function.name
-            stretch.append(self._statement(item))
+            stretch.append(item)
             if item.opcode in ("bra", "ret", "exit"):
                 flush()
         flush()
         return lines
 
-    def _statement(self, instruction: Instruction) -> str:
-        statement = rules.find(instruction).emit(self, instruction)
-        if instruction.guard:
-            return f"if ({self.value(instruction.guard, 'pred')}) {{ {statement} }}"
+    def _statement(self, item: Instruction | list[Instruction]) -> str:
+        first = item[0] if isinstance(item, list) else item
+        self.where = first.source or self.function.name
+        if isinstance(item, list):
+            statement = emit(self, item)
+        else:
+            statement = rules.find(item).emit(self, item)
+        if first.guard:
+            return f"if ({self.value(first.guard, 'pred')}) {{ {statement} }}"
         return f"{{ {statement} }}"
 
     def table_row(self, parts: list[str]) -> str:

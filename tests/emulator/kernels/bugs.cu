@@ -125,3 +125,17 @@ extern "C" __global__ void misaligned(const float* in, float* out, int bug) {
 extern "C" __global__ void zero_divisor(const int* in, int* out, int bug) {
   out[threadIdx.x] = in[threadIdx.x] / (static_cast<int>(threadIdx.x) + 1 - bug);
 }
+
+// out [rows, columns] = twice in, a tile of 16 x 16 a block. Bug: a row too many.
+extern "C" __global__ void row_past_end(const float* in, float* out, int rows, int columns, int bug) {
+  const int row = blockIdx.y * 16 + threadIdx.y, column = blockIdx.x * 16 + threadIdx.x;
+  if (row < rows + bug && column < columns) out[row * columns + column] = 2 * in[row * columns + column];
+}
+
+// Bug: the flag that a thread waits for is never raised.
+extern "C" __global__ void spin(int* flag, int bug) {
+  if (threadIdx.x == 32 && !bug) atomicExch(flag, 1);
+  if (threadIdx.x == 0) {
+    while (*static_cast<volatile int*>(flag) == 0) __nanosleep(20);
+  }
+}

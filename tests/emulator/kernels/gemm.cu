@@ -3,9 +3,9 @@
 
 using namespace bigkern;
 
-constexpr int kTile = 64, kDepth = 32;         // of C and K; 4 warps, a quarter of the rows each
-constexpr int kStride = kDepth + 8;            // rows of 80 bytes: ldmatrix without bank conflicts
-constexpr int kThreads = 128, kPer = 8;        // threads, elements of a copy
+constexpr int kTile = 64, kDepth = 32;   // of C and of K; each of 4 warps has a quarter of the rows
+constexpr int kStride = kDepth + 8;      // rows of 80 bytes: ldmatrix has no bank conflicts
+constexpr int kThreads = 128, kPer = 8;  // elements of a copy
 
 struct Buffer {
   Half a[kTile * kStride], b[kTile * kStride];
@@ -19,7 +19,8 @@ __device__ void fill(Half* smem, const Half* global, int rows, int ld) {
 }
 
 // c [m, n] = a [m, k] @ b [n, k]^T; k is a multiple of 32.
-extern "C" __global__ void __launch_bounds__(kThreads) gemm(const Half* a, const Half* b, float* c, int m, int n, int k) {
+extern "C" __global__ void __launch_bounds__(kThreads)
+    gemm(const Half* a, const Half* b, float* c, int m, int n, int k) {
   __shared__ __align__(128) Buffer buffers[2];
   const int row = blockIdx.y * kTile, column = blockIdx.x * kTile, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const auto fetch = [&](int tile) {

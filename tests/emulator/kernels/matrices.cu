@@ -27,6 +27,7 @@ PRODUCT(product_f16, __half, float, "f", "mma.sync.aligned.m16n8k16.row.col.f32.
 PRODUCT(product_bf16, __nv_bfloat16, float, "f", "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32")
 PRODUCT(product_tf32, float, float, "f", "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32")
 PRODUCT(product_s8, int8_t, int, "r", "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32")
+PRODUCT(product_s8_clamped, int8_t, int, "r", "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32")
 
 __device__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 

@@ -119,3 +119,9 @@ extern "C" __global__ void shared_stride(float* out, int stride) {
   __syncwarp();
   out[threadIdx.x] = smem[threadIdx.x * stride];
 }
+
+// out [i * stride] = twice in [i * stride], for as many as there are threads.
+extern "C" __global__ void global_stride(const float* in, float* out, int stride) {
+  const int i = (blockIdx.x * blockDim.x + threadIdx.x) * stride;
+  out[i] = 2 * in[i];
+}

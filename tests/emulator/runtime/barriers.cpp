@@ -1,6 +1,7 @@
 // bar.sync, bar.arrive, bar.red: the block's sixteen barriers.
 #include <cstring>
 
+#include "races.h"
 #include "scheduler.h"
 
 namespace emulator {
@@ -15,18 +16,24 @@ struct Barrier {
   Reduction reduction;
   int value;
   const Site* site;  // of the first that came
+  Clock clock;       // of those that came
 } barriers[kBarriers];
 
 void complete(Barrier& b) {
   b.arrived = 0;
   ++statistics.barriers;
+  if (settings.watches & kRaces) {
+    for (uint32_t i = 0; i < block.size.count(); ++i) {
+      if (fibers[i].waits_for == &b) acquire(i, b.clock);
+    }
+  }
   wake(&b, b.value);
 }
 
 // Threads that take different ways to __syncthreads, or don't come at all, are undefined behaviour on a card even where
 // the barrier would be completed.
 void check_uniform(const Barrier& b, const Site& site) {
-  if (b.arrived > 0 && strcmp(b.site->source, site.source) != 0) {
+  if (b.arrived > 0 && b.site != &site && strcmp(b.site->source, site.source) != 0) {
     fail("divergent barrier: some threads wait at %s at %s, this one at %s at %s", b.site->what, b.site->source,
          site.what, site.source);
   }
@@ -42,7 +49,7 @@ Barrier& arrive(const Site& site, uint32_t number, uint32_t count, Reduction red
   const auto expected = is_for_all ? static_cast<uint32_t>(block.size.count()) : count;
   if (is_for_all) check_uniform(b, site);
   if (b.arrived == 0) {
-    b = {0, expected, is_for_all, reduction, reduction == Reduction::all, &site};
+    b = {0, expected, is_for_all, reduction, reduction == Reduction::all, &site, {}};
   } else if (b.expected != expected || b.reduction != reduction) {
     fail("%s at %s: barrier %u is awaited by %u threads here, by %u at %s", site.what, site.source, number, expected,
          b.expected, b.site->source);
@@ -53,6 +60,7 @@ Barrier& arrive(const Site& site, uint32_t number, uint32_t count, Reduction red
     default: b.value += value != 0;
   }
   ++b.arrived;
+  if (settings.watches & kRaces) release(current->number, b.clock);
   return b;
 }
 

@@ -1,4 +1,5 @@
 // What tests set and ask. Mistakes in kernels are RuntimeErrors.
+#include <cuda.h>
 #include <cxxabi.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -36,7 +37,8 @@ py::dict describe(const Launch& launch) {
                   "static_smem"_a = launch.kernel->static_smem, "instructions"_a = s.instructions,
                   "warp_operations"_a = s.warp_operations, "barriers"_a = s.barriers, "global_read"_a = s.global_read,
                   "global_written"_a = s.global_written, "shared_accesses"_a = s.shared_accesses,
-                  "bank_conflicts"_a = s.bank_conflicts);
+                  "bank_conflicts"_a = s.bank_conflicts, "sectors_read"_a = s.sectors_read,
+                  "sectors_written"_a = s.sectors_written);
 }
 
 py::list take_launches() {
@@ -58,6 +60,8 @@ void set_schedule(const std::string& order, uint64_t seed) {
   }
   settings.seed = seed;
 }
+
+void set_watch(Watch what, bool yes) { settings.watches = yes ? settings.watches | what : settings.watches & ~what; }
 
 // Arguments: the bytes of each.
 void launch_by_name(const std::string& name, const std::vector<uint32_t>& grid, const std::vector<uint32_t>& block,
@@ -81,16 +85,33 @@ void launch_by_name(const std::string& name, const std::vector<uint32_t>& grid, 
   if (error != cudaSuccess) throw Error(error_text(error));
 }
 
+// The bytes of a kernel's parameter.
+py::bytes tensor_map(int type, uint64_t address, const std::vector<uint64_t>& sizes,
+                     const std::vector<uint64_t>& strides, const std::vector<uint32_t>& box, int swizzle) {
+  alignas(64) CUtensorMap map;
+  const std::vector<uint32_t> ones(sizes.size(), 1);
+  const CUresult error = cuTensorMapEncodeTiled(
+      &map, static_cast<CUtensorMapDataType>(type), sizes.size(), reinterpret_cast<void*>(address), sizes.data(),
+      strides.data(), box.data(), ones.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, static_cast<CUtensorMapSwizzle>(swizzle),
+      CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (error != CUDA_SUCCESS) throw std::invalid_argument("cuTensorMapEncodeTiled: invalid argument");
+  return {reinterpret_cast<const char*>(&map), sizeof map};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(emulated, m) {
+  install_fault_handler();
   m.def("set_schedule", &set_schedule, py::arg("order"), py::arg("seed") = 0);
   m.def("set_device", &set_device_model);
-  m.def("count_conflicts", [](bool counts) { settings.counts_conflicts = counts; });
+  m.def("count_conflicts", [](bool yes) { set_watch(kConflicts, yes); });
+  m.def("count_sectors", [](bool yes) { set_watch(kSectors, yes); });
+  m.def("find_races", [](bool yes) { set_watch(kRaces, yes); });
   m.def("take_launches", &take_launches, "What was launched since the last call, with statistics.");
   m.def("add_buffer", [](uintptr_t begin, size_t bytes, const std::string& name) {
     add_buffer(reinterpret_cast<void*>(begin), bytes, name);
   });
   m.def("remove_buffer", [](uintptr_t begin) { return remove_buffer(reinterpret_cast<void*>(begin)); });
   m.def("launch", &launch_by_name);
+  m.def("tensor_map", &tensor_map);
 }

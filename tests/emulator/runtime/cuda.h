@@ -23,10 +23,15 @@ void set_device_model(const std::string& key);
 
 constexpr int kMaxThreads = 1024, kDefaultSmem = 48 << 10, kReservedSmem = 1 << 10, kRegisters = 64 << 10;
 
-struct Function {
+// Of one architecture, the one that the device would take.
+struct Image {
   const Kernel* kernel;
   const Module* module;
+};
+
+struct Function : Image {
   size_t max_dynamic_smem;
+  std::vector<Image> images;
 };
 
 // By the host's function, or the handle of cudaGetKernel.

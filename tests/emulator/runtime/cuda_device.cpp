@@ -13,6 +13,7 @@ const DeviceModel kModels[] = {
     {"a100", "NVIDIA A100-SXM4-80GB (emulated)", 8, 0, 108, 164 << 10, 163 << 10, 40 << 20, 80ull << 30, 2048, 32},
     {"rtx4090", "NVIDIA GeForce RTX 4090 (emulated)", 8, 9, 128, 100 << 10, 99 << 10, 72 << 20, 24ull << 30, 1536, 24},
     {"h100", "NVIDIA H100 80GB HBM3 (emulated)", 9, 0, 132, 228 << 10, 227 << 10, 50 << 20, 80ull << 30, 2048, 32},
+    {"one_sm", "one SM of an A100 (emulated)", 8, 0, 1, 164 << 10, 163 << 10, 1 << 20, 1ull << 30, 2048, 32},
 };
 const DeviceModel* model = &kModels[3];
 

@@ -1,4 +1,5 @@
 // Registration of what nvcc compiled, and launches.
+#include <algorithm>
 #include <cstring>
 #include <map>
 #include <mutex>
@@ -13,7 +14,7 @@ namespace {
 
 struct Registry {
   std::map<const void*, Function> functions;
-  std::map<const void*, const Variable*> variables;
+  std::map<const void*, std::map<const Module*, const Variable*>> variables;
 };
 // Made at the first use: objects register before this file's variables are.
 Registry& registry() {
@@ -23,11 +24,23 @@ Registry& registry() {
 
 thread_local cudaError_t last_error = cudaSuccess;
 
-cudaError_t check_image(const Function& f) {
+// Of the modules that run on the device, a card takes that of the highest rank.
+constexpr int kRunsNot = -1;
+int rank_here(const Module& module) {
   const DeviceModel& device = device_model();
-  const int here = device.major * 10 + device.minor, built = f.module->architecture;
-  const bool runs = f.module->is_specific ? built == here : built <= here;
-  return runs ? cudaSuccess : cudaErrorNoKernelImageForDevice;
+  const int here = device.major * 10 + device.minor;
+  const bool runs = module.is_specific ? module.architecture == here : module.architecture <= here;
+  return runs ? 2 * module.architecture + module.is_specific : kRunsNot;
+}
+
+void choose_image(Function& f) {
+  for (const Image& image : f.images) {
+    if (rank_here(*image.module) > rank_here(*f.module)) static_cast<Image&>(f) = image;
+  }
+}
+
+cudaError_t check_image(const Function& f) {
+  return rank_here(*f.module) == kRunsNot ? cudaErrorNoKernelImageForDevice : cudaSuccess;
 }
 
 cudaError_t check_launch(const Function& f, Dim grid, Dim block, size_t dynamic_smem) {
@@ -45,25 +58,31 @@ cudaError_t check_launch(const Function& f, Dim grid, Dim block, size_t dynamic_
 
 }  // namespace
 
-Function* find_function(const void* handle) {
-  auto& functions = registry().functions;
-  if (const auto it = functions.find(handle); it != functions.end()) return &it->second;
-  for (auto& [host, function] : functions) {
-    if (&function == handle) return &function;
+namespace {
+template <class Fits>
+Function* find_if(const Fits& fits) {
+  for (auto& [host, function] : registry().functions) {
+    if (!fits(host, function)) continue;
+    choose_image(function);
+    return &function;
   }
   return nullptr;
 }
+}  // namespace
+
+Function* find_function(const void* handle) {
+  return find_if([&](const void* host, const Function& f) { return host == handle || &f == handle; });
+}
 
 Function* find_function(const std::string& name) {
-  for (auto& [host, function] : registry().functions) {
-    if (name == function.kernel->name) return &function;
-  }
-  return nullptr;
+  return find_if([&](const void*, const Function& f) { return name == f.kernel->name; });
 }
 
 const Variable* find_variable(const void* shadow) {
   const auto it = registry().variables.find(shadow);
-  return it == registry().variables.end() ? nullptr : it->second;
+  if (it == registry().variables.end()) return nullptr;
+  const auto is_lower = [](const auto& a, const auto& b) { return rank_here(*a.first) < rank_here(*b.first); };
+  return std::max_element(it->second.begin(), it->second.end(), is_lower)->second;
 }
 
 cudaError_t launch(Function* function, Dim grid, Dim block, void** arguments, size_t dynamic_smem) {
@@ -102,16 +121,20 @@ struct Configuration {
 thread_local std::vector<Configuration> configurations;  // from <<<>>> to the kernel's stub
 
 Dim dim(dim3 d) { return {d.x, d.y, d.z}; }
+
+// What a translation's registration returns: up to a null.
+const Module* const* modules_of(void** handle) { return reinterpret_cast<Module**>(handle); }
 }  // namespace
 
 // ---- What nvcc's host code calls. Its __cudaRegisterFatBinary is the translation's (build.py) ----
 
 extern "C" {
 void __cudaRegisterFatBinaryEnd(void** handle) {
-  const auto* module = reinterpret_cast<const Module*>(handle);
-  for (int i = 0; i < module->num_variables; ++i) {
-    const Variable& v = module->variables[i];
-    add_buffer(v.storage, v.size, v.name);
+  for (const Module* const* m = modules_of(handle); *m; ++m) {
+    for (int i = 0; i < (*m)->num_variables; ++i) {
+      const Variable& v = (*m)->variables[i];
+      add_buffer(v.storage, v.size, v.name);
+    }
   }
 }
 void __cudaUnregisterFatBinary(void**) {}
@@ -119,25 +142,38 @@ char __cudaInitModule(void**) { return 1; }
 
 void __cudaRegisterFunction(void** handle, const char* host, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*,
                             int*) {
-  const auto* module = reinterpret_cast<const Module*>(handle);
-  for (int i = 0; i < module->num_kernels; ++i) {
-    const Kernel& kernel = module->kernels[i];
-    if (strcmp(kernel.name, name) == 0) {
-      registry().functions[host] = {&kernel, module, kDefaultSmem - kernel.static_smem};
-      return;
+  std::vector<Image> images;
+  for (const Module* const* m = modules_of(handle); *m; ++m) {
+    for (int i = 0; i < (*m)->num_kernels; ++i) {
+      const Kernel& kernel = (*m)->kernels[i];
+      if (strcmp(kernel.name, name) == 0) images.push_back({&kernel, *m});
     }
   }
-  throw Error(std::string("no translation of the kernel ") + name);
+  if (images.empty()) throw Error(std::string("no translation of the kernel ") + name);
+  registry().functions[host] = {images[0], kDefaultSmem - images[0].kernel->static_smem, images};
 }
 
 void __cudaRegisterVar(void** handle, char* host, char*, const char* name, int, size_t, int, int) {
-  const auto* module = reinterpret_cast<const Module*>(handle);
-  for (int i = 0; i < module->num_variables; ++i) {  // those without a use aren't there
-    const Variable& v = module->variables[i];
-    if (strcmp(v.name, name) == 0) registry().variables[host] = &v;
+  for (const Module* const* m = modules_of(handle); *m; ++m) {
+    for (int i = 0; i < (*m)->num_variables; ++i) {  // those without a use aren't there
+      const Variable& v = (*m)->variables[i];
+      if (strcmp(v.name, name) == 0) registry().variables[host][*m] = &v;
+    }
+  }
+}
+}
+
+void emulator::register_module(void** handle) {
+  __cudaRegisterFatBinaryEnd(handle);
+  for (const Module* const* m = modules_of(handle); *m; ++m) {
+    for (int i = 0; i < (*m)->num_kernels; ++i) {
+      const char* name = (*m)->kernels[i].name;
+      __cudaRegisterFunction(handle, name, nullptr, name, 0, nullptr, nullptr, nullptr, nullptr, nullptr);
+    }
   }
 }
 
+extern "C" {
 unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t smem, CUstream_st* stream) {
   configurations.push_back({grid, block, smem, stream});
   return 0;

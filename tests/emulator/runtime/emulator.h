@@ -49,6 +49,9 @@ struct Module {
   bool is_specific;  // sm_90a and the like run on nothing else
 };
 
+// A table of modules, which host code hasn't registered.
+void register_module(void** handle);
+
 // A place in a kernel that accesses memory or meets other threads. It remembers the buffer that it found last.
 struct Site {
   const char *what, *source;
@@ -87,10 +90,13 @@ std::string format(const char* text, ...) __attribute__((format(printf, 1, 2)));
 
 enum class Order { ascending, descending, random };
 
+// What is looked at, at each access of memory: it takes time.
+enum Watch : uint8_t { kConflicts = 1, kSectors = 2, kRaces = 4 };
+
 struct Settings {
   Order order = Order::ascending;
   uint64_t seed = 0;
-  bool counts_conflicts = false;
+  uint8_t watches = 0;
 };
 
 extern Settings settings;
@@ -101,6 +107,7 @@ struct Statistics {
   uint64_t barriers = 0;                             // completed, by a block
   uint64_t global_read = 0, global_written = 0;      // bytes that threads asked for
   uint64_t shared_accesses = 0, bank_conflicts = 0;  // of warps; extra cycles: where conflicts are counted
+  uint64_t sectors_read = 0, sectors_written = 0;    // of 32 bytes, of global memory, by warps: where they are counted
 };
 
 extern Statistics statistics;
@@ -120,13 +127,6 @@ void warp_barrier(const Site& site, uint32_t mask);
 using LaneWork = void (*)(const Site& site, void** arguments, uint32_t lanes);
 void meet(const Site& site, uint32_t mask, void* argument, LaneWork work);
 
-enum class Shuffle { up, down, bfly, idx };
-struct Shuffled {
-  uint32_t value;
-  bool is_in_range;
-};
-Shuffled shuffle(const Site& site, Shuffle mode, uint32_t value, uint32_t lane, uint32_t clamp, uint32_t mask);
-
 struct Ballot {
   uint32_t yes, lanes;
 };
@@ -137,33 +137,60 @@ struct Match {
 };
 Match match(const Site& site, uint32_t mask, uint64_t value);
 
-// ---- Asynchronous copies and matrices ----
+// ---- Operations of a warp that it does together ----
+// Neighbours in the code are done at one meeting: a thread's registers stand in slots, inputs and results alike.
+
+struct Operation {
+  void (*work)(const Operation& o, uint32_t* const* slots /* of each lane */, uint32_t lanes);
+  const Site* site;
+  uint16_t inputs[10];
+  uint16_t output;  // the first of its results
+};
+
+struct Program {
+  const Operation* operations;
+  int size;
+};
+void run_together(const Program& program, uint32_t mask, uint32_t* slots);
+
+struct F16;
+struct Bf16;
+struct Tf32;
+struct S8;
+struct S8Saturating;
+template <class Element, int num_b>
+void multiply(const Operation& o, uint32_t* const* slots, uint32_t lanes);
+template <int count, bool is_transposed>
+void load_matrices(const Operation& o, uint32_t* const* slots, uint32_t lanes);
+
+enum class Shuffle { up, down, bfly, idx };
+template <Shuffle mode>
+void shuffle(const Operation& o, uint32_t* const* slots, uint32_t lanes);
+
+// Results: a lane, and whether it is this one.
+void elect(const Operation& o, uint32_t* const* slots, uint32_t lanes);
+
+// ---- Asynchronous copies ----
 
 // cp.async: the bytes arrive when this thread waits for their group, and are NaN until then.
-void copy_async(unsigned char* to, const unsigned char* from, uint32_t bytes, uint32_t bytes_from);
+void copy_async(const Site& site, unsigned char* to, const unsigned char* from, uint32_t bytes, uint32_t bytes_from);
 void commit_copies();
 void wait_for_copies(uint32_t pending_groups);
 
-// A lane's registers of D = A B + C, with 16 rows and 8 columns.
-struct Fragments {
-  uint32_t a[4], b[2], c[4], d[4];
-  int num_b;  // of k / (4 elements of a register); A has twice as many
-};
-enum class Element { f16, bf16, tf32, s8 };
-void multiply(const Site& site, Element element, Fragments& fragments);
-
-// 8 x 8 matrices of 16 bits, whose rows' addresses the lanes give.
-struct MatrixLoad {
-  const unsigned char* row;
-  int count;
-  bool transposed;
-  uint32_t registers[4];
-};
-void load_matrices(const Site& site, MatrixLoad& load);
-
 // ---- Memory ----
 
-// Known memory; a range may be added more than once.
+// Host code gets addresses of device memory with this bit, which no address in use has: if it reads there, that is a
+// fault (faults.cpp).
+constexpr uint64_t kDeviceBit = 1ull << 62;
+inline uint64_t host_address(uint64_t address) { return address & ~kDeviceBit; }
+inline void* to_device(const void* p) {
+  return p ? reinterpret_cast<void*>(reinterpret_cast<uint64_t>(p) | kDeviceBit) : nullptr;
+}
+inline void* to_host(const void* p) { return reinterpret_cast<void*>(host_address(reinterpret_cast<uint64_t>(p))); }
+
+void install_fault_handler();
+
+// Known memory, by the host's addresses; a range may be added more than once.
 void add_buffer(const void* begin, size_t bytes, const std::string& name);
 bool remove_buffer(const void* begin);
 extern uint64_t buffer_epoch;  // changes when what sites remember may be out of date
@@ -172,10 +199,12 @@ void find_buffer(Site& site, uintptr_t address, size_t bytes);
 bool is_in_buffer(const void* begin, size_t bytes);
 
 constexpr size_t kStackBytes = 256 << 10;
-// Whether a generic address is in the block's shared memory, the kernel's parameters or this thread's local memory.
+// Whether a generic address is in the kernel's parameters or this thread's local memory.
 bool is_private(uintptr_t address, size_t bytes);
 
-void record_shared_access(Site& site, uint32_t offset, uint32_t bytes);
+void watch_access(Site& site, bool is_shared, uint64_t address, uint32_t bytes, bool reads, bool writes,
+                  bool is_atomic);
+void fence_threads();
 
 }  // namespace emulator
 #pragma GCC visibility pop

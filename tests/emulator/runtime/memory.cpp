@@ -96,8 +96,7 @@ bool is_private(uintptr_t address, size_t bytes) {
     const uintptr_t offset = address - reinterpret_cast<uintptr_t>(begin);
     return offset <= size && size - offset >= bytes;
   };
-  return is_in(block.smem, block.smem_bytes) || is_in(block.parameters, block.kernel->parameter_bytes) ||
-         is_in(current->stack, kStackBytes);
+  return is_in(block.parameters, block.kernel->parameter_bytes) || is_in(current->stack, kStackBytes);
 }
 
 }  // namespace emulator

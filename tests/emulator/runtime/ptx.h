@@ -34,14 +34,31 @@ inline void store(unsigned char* p, T value) {
 // ---- Checked pointers ----
 
 struct Read {
-  static constexpr bool reads = true, writes = false;
+  static constexpr bool reads = true, writes = false, is_atomic = false;
 };
 struct Write {
-  static constexpr bool reads = false, writes = true;
+  static constexpr bool reads = false, writes = true, is_atomic = false;
+};
+// Those that may race with one another: volatile and what has a memory order.
+struct StrongRead {
+  static constexpr bool reads = true, writes = false, is_atomic = true;
+};
+struct StrongWrite {
+  static constexpr bool reads = false, writes = true, is_atomic = true;
 };
 struct Update {
-  static constexpr bool reads = true, writes = true;
+  static constexpr bool reads = true, writes = true, is_atomic = true;
 };
+
+template <class Access>
+inline void watch(Site& site, bool is_shared, uint64_t address, uint32_t bytes) {
+  if (__builtin_expect(settings.watches == 0, 1)) return;
+  watch_access(site, is_shared, address, bytes, Access::reads, Access::writes, Access::is_atomic);
+}
+
+inline void fence() {
+  if (settings.watches & kRaces) fence_threads();
+}
 
 inline void check_alignment(const Site& site, uint64_t address, size_t bytes) {
   if (__builtin_expect(address % bytes != 0, 0)) {
@@ -49,27 +66,40 @@ inline void check_alignment(const Site& site, uint64_t address, size_t bytes) {
   }
 }
 
-template <class Access, size_t bytes>
-inline unsigned char* global_pointer(Site& site, uint64_t address) {
-  check_alignment(site, address, bytes);
+// The site remembers the buffer that it found.
+inline void check_bounds(Site& site, uint64_t address, size_t bytes) {
   const uintptr_t offset = address - site.begin;
   if (__builtin_expect(site.epoch != buffer_epoch || offset > site.size || site.size - offset < bytes, 0)) {
     find_buffer(site, address, bytes);
   }
+}
+
+template <class Access>
+inline void count_global_access(Site& site, uint64_t address, size_t bytes) {
   if (Access::reads) statistics.global_read += bytes;
   if (Access::writes) statistics.global_written += bytes;
+  watch<Access>(site, false, address, bytes);
+}
+
+template <class Access, size_t bytes>
+inline unsigned char* global_pointer(Site& site, uint64_t address) {
+  address = host_address(address);
+  check_alignment(site, address, bytes);
+  check_bounds(site, address, bytes);
+  count_global_access<Access>(site, address, bytes);
   return reinterpret_cast<unsigned char*>(address);
 }
 
 // Of an access of `size` bytes that reads `bytes` of them, maybe none.
 template <size_t size>
 inline unsigned char* partial_global_pointer(Site& site, uint64_t address, size_t bytes) {
+  address = host_address(address);
   if (bytes > size) fail("%s at %s: %zu bytes of %zu", site.what, site.source, bytes, size);
   if (bytes > 0) {
     check_alignment(site, address, size);
-    find_buffer(site, address, bytes);
+    check_bounds(site, address, bytes);
+    count_global_access<Read>(site, address, bytes);
   }
-  statistics.global_read += bytes;
   return reinterpret_cast<unsigned char*>(address);
 }
 
@@ -85,12 +115,14 @@ inline unsigned char* shared_pointer(Site& site, uint32_t offset) {
     fail("%s at %s: %zu bytes at offset %u are outside the block's %zu bytes of shared memory", site.what, site.source,
          bytes, offset, block.smem_bytes);
   }
-  if (__builtin_expect(settings.counts_conflicts, 0)) record_shared_access(site, offset, bytes);
+  watch<Access>(site, true, offset, bytes);
   return block.smem + offset;
 }
 
 template <class Access, size_t bytes>
 inline unsigned char* generic_pointer(Site& site, uint64_t address) {
+  const uint64_t offset = address - reinterpret_cast<uint64_t>(block.smem);
+  if (offset < block.smem_bytes) return shared_pointer<Access, bytes>(site, offset);
   if (!is_private(address, bytes)) return global_pointer<Access, bytes>(site, address);
   check_alignment(site, address, bytes);
   return reinterpret_cast<unsigned char*>(address);

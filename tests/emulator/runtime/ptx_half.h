@@ -1,6 +1,8 @@
 // float16 and bfloat16, which registers hold as bits.
 #pragma once
 
+#include <immintrin.h>
+
 #include "ptx.h"
 
 namespace emulator {
@@ -14,11 +16,7 @@ struct BFloat16 {
 
 template <class H>
 inline float to_float(uint16_t bits) {
-  if (std::is_same_v<H, BFloat16>) return as<float>(static_cast<uint32_t>(bits) << 16);
-  const uint32_t sign = (bits & 0x8000u) << 16, exponent = bits >> 10 & 31, mantissa = bits & 0x3ff;
-  if (exponent == 31) return as<float>(sign | 0x7f800000u | mantissa << 13);
-  if (exponent == 0) return as<float>(sign | as<uint32_t>(mantissa * 0x1p-24f));
-  return as<float>(sign | (exponent + 112) << 23 | mantissa << 13);
+  return std::is_same_v<H, BFloat16> ? as<float>(static_cast<uint32_t>(bits) << 16) : _cvtsh_ss(bits);
 }
 
 // Rounds a double, in which a float is exact, by `round`: nearbyint (to even) or trunc.
@@ -39,6 +37,14 @@ inline uint16_t round_to_half(double x, double (*round)(double), bool overflows)
 template <class H>
 inline uint16_t to_half(double x) {
   return round_to_half<H>(x, std::nearbyint, true);
+}
+
+template <class H>
+inline uint16_t to_half(float x) {
+  if (x != x) return 0x7fff;
+  if (std::is_same_v<H, Half>) return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+  const auto bits = as<uint32_t>(x);
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
 template <class H>

@@ -11,6 +11,9 @@
 #include <numeric>
 #include <utility>
 
+#include "async.h"
+#include "races.h"
+
 namespace emulator {
 
 Block block;
@@ -21,16 +24,8 @@ std::vector<Fiber> fibers;
 uint32_t num_live;
 
 namespace {
-
-// Lanes that can run, and the lane whose turn it is.
-struct Queue {
-  uint32_t ready, turn;
-};
-std::vector<Queue> queues;  // of each warp
-uint32_t running_warp;
-void* launcher;       // its stack pointer, while a block runs
-std::string failure;  // why the block was abandoned; empty if it wasn't
 uint64_t random_state;
+}
 
 uint64_t draw() {  // xorshift64*
   random_state ^= random_state >> 12;
@@ -38,6 +33,18 @@ uint64_t draw() {  // xorshift64*
   random_state ^= random_state >> 27;
   return random_state * 0x2545f4914f6cdd1dull;
 }
+
+namespace {
+
+// Lanes that can run, and the lane whose turn it is.
+struct Queue {
+  uint32_t ready, turn;
+};
+std::vector<Queue> queues;  // of each warp
+uint32_t running_warp;
+uint32_t idle_turns;  // how often threads have given way since one of them went on
+void* launcher;       // its stack pointer, while a block runs
+std::string failure;  // why the block was abandoned; empty if it wasn't
 
 // Saves the callee-saved registers and the stack pointer, and continues where `to` was left.
 __attribute__((naked, noinline)) void switch_stacks(void** /*from*/, void* /*to*/) {
@@ -51,6 +58,9 @@ void switch_to(Fiber* next) {
   current = next;
   switch_stacks(from, next ? next->stack_pointer : launcher);
 }
+
+// Far more than a schedule needs to come to every thread.
+constexpr uint32_t kMaxIdleTurns = 1 << 20;
 
 void make_ready(const Fiber& f) { queues[f.warp].ready |= 1u << f.lane; }
 
@@ -101,20 +111,24 @@ Fiber* next_ready() {
       ++lines;
     }
   }
-  fail("%s%s", text.c_str(), describe_warps().c_str());
+  fail("%s%s%s", text.c_str(), describe_warps().c_str(), describe_mbarriers().c_str());
 }
 
 void run_others() {
+  stir_async();
   Fiber* next = next_ready();
+  while (!next && num_live > 0 && run_async()) next = next_ready();
   if (!next && num_live > 0) fail_deadlocked();
   if (next != current) switch_to(next);
 }
 
 void fiber_main() {
   block.kernel->body();
+  leave_warpgroup();
   self().has_exited = true;
   self().waits_at = nullptr;
   --num_live;
+  idle_turns = 0;
   leave_barriers();
   leave_warp();
   run_others();
@@ -154,12 +168,17 @@ void start_fiber(uint32_t i) {
   f.stack_pointer = sp;
 }
 
-void run_block() {
+void run_block(uint64_t number) {
   const auto n = static_cast<uint32_t>(block.size.count());
   memset(block.smem, 0xff, block.smem_bytes);  // NaN, until it is written
   reset_barriers();
   reset_warps();
+  reset_mbarriers();
+  reset_warpgroups();
+  reset_async();
   num_live = n;
+  idle_turns = 0;
+  if (settings.watches & kRaces) begin_race_block(number, n);
   queues.assign((n + kWarp - 1) / kWarp, {});
   for (uint32_t i = 0; i < n; ++i) {
     start_fiber(i);
@@ -171,6 +190,7 @@ void run_block() {
   switch_stacks(&launcher, first->stack_pointer);
   finish_profile();
   if (!failure.empty()) throw Error(std::exchange(failure, {}));
+  finish_async();
 }
 
 std::vector<uint64_t> order_of_blocks(uint64_t n) {
@@ -192,6 +212,7 @@ void wait_for(const void* event, const Site& site) {
 }
 
 void wake(const void* event, int result) {
+  idle_turns = 0;
   const auto n = static_cast<uint32_t>(block.size.count());
   for (uint32_t i = 0; i < n; ++i) {
     Fiber& f = fibers[i];
@@ -203,11 +224,17 @@ void wake(const void* event, int result) {
   begin_turn();
 }
 
-void wake_lanes(uint32_t warp, uint32_t lanes) { queues[warp].ready |= lanes; }
+void wake_lanes(uint32_t warp, uint32_t lanes) {
+  idle_turns = 0;
+  queues[warp].ready |= lanes;
+}
 
 void give_way_to_woken() { run_others(); }
 
 void give_way(const Site& site) {
+  if (++idle_turns > kMaxIdleTurns) {
+    fail("deadlock: %s at %s comes back again and again, and nothing else happens", site.what, site.source);
+  }
   self().waits_at = &site;
   make_ready(self());
   running_warp = (running_warp + 1) % queues.size();
@@ -250,10 +277,11 @@ void run(const Kernel& kernel, Dim grid, Dim size, size_t dynamic_smem, const un
   block.smem = reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(smem.data()) + 1023) & ~uintptr_t(1023));
   allocate_fibers(size.count());
   random_state = (settings.seed + 1) * 0x9e3779b97f4a7c15ull | 1;
+  if (settings.watches & kRaces) begin_race_launch();
   for (const uint64_t i : order_of_blocks(grid.count())) {
     block.index = {static_cast<uint32_t>(i % grid.x), static_cast<uint32_t>(i / grid.x % grid.y),
                    static_cast<uint32_t>(i / grid.x / grid.y)};
-    run_block();
+    run_block(i);
   }
   statistics.instructions += block.instructions;
 }

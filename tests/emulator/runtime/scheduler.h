@@ -37,13 +37,20 @@ void wake_lanes(uint32_t warp, uint32_t lanes);
 // The one that woke others, itself among them, waits for its turn.
 void give_way_to_woken();
 
+uint64_t draw();  // at random, by the schedule's seed
+
 void reset_barriers();
+void reset_mbarriers();
+void reset_warpgroups();
 void reset_warps();
 // What a thread's end means for the others.
 void leave_barriers();
 void leave_warp();
+void leave_warpgroup();
 std::string describe_warps();  // which lanes are awaited
+std::string describe_mbarriers();
 
+void record_access(Site& site, bool is_shared, uint64_t address, uint32_t bytes, bool reads, bool writes);
 void finish_profile();
 
 }  // namespace emulator

@@ -53,12 +53,17 @@ void know(AtenTensorHandle t, const void* data) {
 }  // namespace
 
 extern "C" {
-AOTITorchError __real_aoti_torch_get_data_ptr(AtenTensorHandle t, void** data);
-AOTITorchError __wrap_aoti_torch_get_data_ptr(AtenTensorHandle t, void** data) {
-  const AOTITorchError error = __real_aoti_torch_get_data_ptr(t, data);
-  if (!error) know(t, *data);
-  return error;
-}
+#define WRAP_DATA_POINTER(FUNCTION, POINTER)                                   \
+  AOTITorchError __real_##FUNCTION(AtenTensorHandle t, POINTER* data);         \
+  AOTITorchError __wrap_##FUNCTION(AtenTensorHandle t, POINTER* data) {        \
+    if (const AOTITorchError error = __real_##FUNCTION(t, data)) return error; \
+    know(t, *data);                                                            \
+    *data = emulator::to_device(*data);                                        \
+    return 0;                                                                  \
+  }
+WRAP_DATA_POINTER(aoti_torch_get_data_ptr, void*)
+WRAP_DATA_POINTER(torch_get_mutable_data_ptr, void*)
+WRAP_DATA_POINTER(torch_get_const_data_ptr, const void*)
 
 AOTITorchError __real_aoti_torch_delete_tensor_object(AtenTensorHandle t);
 AOTITorchError __wrap_aoti_torch_delete_tensor_object(AtenTensorHandle t) {

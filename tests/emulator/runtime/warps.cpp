@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "races.h"
 #include "scheduler.h"
 
 namespace emulator {
@@ -77,39 +78,12 @@ void meet(const Site& site, uint32_t mask, void* argument, LaneWork work) {
 }
 
 void warp_barrier(const Site& site, uint32_t mask) {
-  meet(site, mask, nullptr, [](const Site&, void**, uint32_t) {});
-}
-
-Shuffled shuffle(const Site& site, Shuffle mode, uint32_t value, uint32_t lane, uint32_t clamp, uint32_t mask) {
-  struct Lane {
-    uint32_t value;
-    int source;
-    uint32_t result;
-  };
-  // The definition in the PTX ISA: `clamp` holds the segment's mask and its last lane.
-  const int me = current->lane, segment = clamp >> 8 & 31, last = clamp & 31, b = lane & 31;
-  const int max_lane = (me & segment) | (last & ~segment), min_lane = me & segment;
-  int source = 0;
-  bool is_in_range = false;
-  switch (mode) {
-    case Shuffle::up: source = me - b, is_in_range = source >= max_lane; break;
-    case Shuffle::down: source = me + b, is_in_range = source <= max_lane; break;
-    case Shuffle::bfly: source = me ^ b, is_in_range = source <= max_lane; break;
-    case Shuffle::idx: source = min_lane | (b & ~segment), is_in_range = source <= max_lane; break;
-  }
-  Lane mine{value, is_in_range ? source : me, 0};
-  meet(site, mask, &mine, [](const Site& site, void** arguments, uint32_t lanes) {
-    for (int i = 0; i < kWarp; ++i) {
-      if (!(lanes >> i & 1)) continue;
-      auto* to = static_cast<Lane*>(arguments[i]);
-      if (!(lanes >> to->source & 1)) {
-        fail("%s at %s: lane %d reads lane %d, which isn't there (%08x are)", site.what, site.source, i, to->source,
-             lanes);
-      }
-      to->result = static_cast<Lane*>(arguments[to->source])->value;
-    }
+  meet(site, mask, nullptr, [](const Site&, void**, uint32_t lanes) {
+    if (!(settings.watches & kRaces)) return;
+    std::vector<uint32_t> threads;
+    for (; lanes; lanes &= lanes - 1) threads.push_back(current->warp * kWarp + __builtin_ctz(lanes));
+    synchronise(threads);
   });
-  return {mine.result, is_in_range};
 }
 
 Ballot ballot(const Site& site, uint32_t mask, bool value) {
@@ -171,7 +145,8 @@ std::string describe_warps() {
   for (size_t i = 0; i < warps.size() && text.size() < 1000; ++i) {
     for (uint32_t rest = warps[i].used; rest; rest &= rest - 1) {
       const Group& g = warps[i].groups[__builtin_ctz(rest)];
-      text += format("\n  warp %zu: %s at %s has lanes %08x of %08x", i, g.site->what, g.site->source, g.arrived, g.mask);
+      text +=
+          format("\n  warp %zu: %s at %s has lanes %08x of %08x", i, g.site->what, g.site->source, g.arrived, g.mask);
     }
   }
   return text;

@@ -1,0 +1,123 @@
+"""Races that no schedule shows."""
+
+import re
+
+import pytest
+import torch
+from emulator import build, ops
+from emulator_helpers import Kernels
+from helpers import OPTIONS, Problem
+
+from bigkern.ops import adam_, grad_norm
+
+X = torch.randint(-100, 100, (128,), dtype=torch.int32)
+
+
+@pytest.fixture(scope="module")
+def races():
+    kernels = Kernels("races", build.HERE / "kernels/races.cu", build.HERE / "kernels/matrices.cu")
+    kernels.controls.find_races(True)
+    return kernels
+
+
+def zeros(n):
+    return torch.zeros(n, dtype=torch.int32)
+
+
+def neighbours(run, bug):
+    out = zeros(32)
+    run("neighbours", X, out, bug)
+    lane = torch.arange(32)
+    return torch.equal(out, X[(lane + (lane ^ 16) + 1) % 32])
+
+
+def bytes_of_words(run, bug):
+    out = torch.zeros(64, dtype=torch.int8)
+    run("bytes", X[:64].char(), out, bug, block=(64, 1, 1))
+    return torch.equal(out, X[:64].char())
+
+
+def halves(run, bug):
+    out = zeros(128)
+    run("halves", X, out, bug, block=(128, 1, 1))
+    return torch.equal(out, X.view(2, 64).roll(-1, 1).flatten())
+
+
+def sum_of_blocks(run, bug):
+    out = zeros(1)
+    run("sum_of_blocks", X, out, bug, grid=(128, 1, 1))
+    return out.item() == X.sum()
+
+
+def last_block(run, bug, name="last_block", grid=128):
+    out = zeros(1)
+    run(name, X, zeros(128), zeros(1), out, bug, grid=(grid, 1, 1), block=(32, 1, 1))
+    return out.item() == X.sum()
+
+
+def last_block_together(run, bug):
+    return last_block(run, bug, "last_block_together", 4)
+
+
+def flag(run, bug):
+    out = zeros(1)
+    run("flag", X, out, zeros(128), bug, grid=(128, 1, 1))
+    return out.item() == 1
+
+
+def pipeline(run, bug):
+    x, out = torch.randn(2000), torch.zeros(2000)
+    run("pipeline", x, out, 2000, bug, block=(64, 1, 1))
+    return torch.equal(out, 2 * x)
+
+
+RACES = {
+    (neighbours, 1): r"ld.shared.u32 at races.cu:\d+ reads shared memory at 0x\w+, which st.shared"
+    r"\S* at races.cu:\d+ of thread \(\d+, 0, 0\) has written: nothing orders them\n.* neighbours",
+    (bytes_of_words, 1): r"st.shared.u8 at races.cu:\d+ writes .* has written",
+    (halves, 1): r"shared memory at 0x0, .* thread \((0|127), 0, 0\) has .*\n.*\((0|127), 0, 0\)",
+    (sum_of_blocks, 1): r"global memory at .* of thread \(0, 0, 0\) of block \d+ has written",
+    (last_block, 1): r"ld.global\S* at races.cu:\d+ reads global memory .* has written",
+    (last_block, 2): r"ld.global\S* at races.cu:\d+ reads global memory .* has written",
+    (last_block_together, 1): r"ld.global\S* at races.cu:\d+ reads global memory .* has written",
+    (flag, 1): r"of thread \(0, 0, 0\) of block \d+ has (read|written)",
+    (pipeline, 1): r"ld.shared\S* at \S+ .*but the bytes of cp.async\S* .* are on their way",
+    (pipeline, 2): r"ld.shared\S* at \S+ .*but the bytes of cp.async\S* .* are on their way",
+    (pipeline, 3): r"ld.shared\S* at \S+ .* which cp.async\S* at .* written|are on their way",
+    (pipeline, 4): r"cp.async\S* at \S+ .* writes .* ld.shared\S* .* has read|are on their way",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("schedule", ["asc", "desc", "random"])
+@pytest.mark.parametrize(("kernel", "bug"), RACES)
+def test_a_race_is_named_under_any_schedule(races, kernel, bug, schedule):
+    races.controls.set_schedule(schedule)
+    assert kernel(races, 0)
+    with pytest.raises(RuntimeError) as error:
+        kernel(races, bug)
+    assert str(error.value).startswith("race: ")
+    assert re.search(RACES[kernel, bug], str(error.value)), str(error.value)
+
+
+@pytest.mark.parametrize(
+    "kernel", [neighbours, sum_of_blocks, last_block, last_block_together, flag]
+)
+@pytest.mark.parametrize("schedule", ["asc", "desc", "random"])
+def test_no_schedule_shows_it(races, kernel, schedule):
+    races.controls.set_schedule(schedule)
+    races.controls.find_races(False)
+    try:
+        assert kernel(races, 1)
+    finally:
+        races.controls.find_races(True)
+
+
+def test_the_ops_have_no_races(emulated_ops):
+    problem = Problem(torch.bfloat16, shapes=[(1,), (5000,), (0,), (127,)])
+    emulated_ops.find_races(True)
+    try:
+        with ops.backend():
+            adam_(*problem.lists(), **OPTIONS)
+            grad_norm(problem.grads)
+    finally:
+        emulated_ops.find_races(False)
