@@ -178,9 +178,9 @@ def test_same_bits_in_any_order_of_blocks(emulated_ops, case):
         return run(ops, case, case.inputs(), case.tensors(), deterministic)[1]
 
     expected = grads(0, deterministic=True)
-    for seed in range(1, 4):
+    for seed in (1, 2):
         assert all(map(torch.equal, grads(seed, deterministic=True), expected))
-    fast = [grads(seed, deterministic=False) for seed in range(4)]
+    fast = [grads(seed, deterministic=False) for seed in range(3)]
     assert any(not torch.equal(fast[0][0], other[0]) for other in fast)
     for other in fast:
         assert all(map(torch.equal, other[1:], expected[1:]))
