@@ -365,17 +365,14 @@ __global__ void __launch_bounds__(32 * key_tiles<T, kDim, kPlain>().warps(), 8 /
     for (int half = 0; half < 2; ++half) {
       const int key = j + first_key + m * 16 + half * 8 + lane / 4;
       if (key >= owner.sequence.k_len) continue;
-      T *const k_row = owner.key_row(g.grad_key, key), *const v_row = owner.key_row(g.grad_value, key);
+      const RowOfPairs<T> k_row(owner.key_row(g.grad_key, key), g.grad_key.col, p.head_dim);
+      const RowOfPairs<T> v_row(owner.key_row(g.grad_value, key), g.grad_value.col, p.value_dim);
 #pragma unroll
       for (int d = 0; d < kD; ++d) {
-#pragma unroll
-        for (int second = 0; second < 2; ++second) {
-          const int col = first_feature + 8 * d + lane % 4 * 2 + second, c = 2 * half + second;
-          if (col < p.head_dim)
-            k_row[col * g.grad_key.col] = static_cast<T>(grad_k[m][d][c] * differentiate.score.scale);
-          if (col < p.value_dim)
-            v_row[col * g.grad_value.col] = static_cast<T>(grad_v[m][d][c] * differentiate.keep_scale);
-        }
+        const int col = first_feature + 8 * d + lane % 4 * 2;
+        const float *k = grad_k[m][d] + 2 * half, *v = grad_v[m][d] + 2 * half;
+        k_row.put(col, k[0] * differentiate.score.scale, k[1] * differentiate.score.scale);
+        v_row.put(col, v[0] * differentiate.keep_scale, v[1] * differentiate.keep_scale);
       }
     }
   }

@@ -136,16 +136,11 @@ __global__ void __launch_bounds__(32 * query_tiles(kDim * sizeof(T)).warps, quer
   for (int half = 0; half < 2; ++half) {
     const int r = warp * 16 + half * 8 + lane / 4;
     if (r >= num_rows) continue;
-    T* to = head.query_row(g.grad_query, head.h, i + r);
+    const RowOfPairs<T> to(head.query_row(g.grad_query, head.h, i + r), g.grad_query.col, p.head_dim);
 #pragma unroll
     for (int d = 0; d < kD; ++d) {
-#pragma unroll
-      for (int second = 0; second < 2; ++second) {
-        const int col = 8 * d + lane % 4 * 2 + second;
-        if (col < p.head_dim) {
-          to[col * g.grad_query.col] = static_cast<T>(grad_q[0][d][2 * half + second] * scale);
-        }
-      }
+      const float* q = grad_q[0][d] + 2 * half;
+      to.put(8 * d + lane % 4 * 2, q[0] * scale, q[1] * scale);
     }
   }
 }

@@ -270,26 +270,17 @@ __global__ void __launch_bounds__(32 * tiles_of(kDim * sizeof(T), kPlain).warps,
       if (launch.num_splits > 1) {
         const int64_t i = ((split * p.batch + b) * p.heads + h) * p.max_q_len + query;
         if (lane % 4 == 0) launch.row_max[i] = largest, launch.row_sum[i] = sum;
-        float* to = launch.out + i * p.value_dim;
+        const RowOfPairs<float> to(launch.out + i * p.value_dim, 1, p.value_dim);
 #pragma unroll
-        for (int d = 0; d < kD; ++d) {
-          for (int second = 0; second < 2; ++second) {
-            const int col = 8 * d + lane % 4 * 2 + second;
-            if (col < p.value_dim) to[col] = out[m][d][2 * half + second];
-          }
-        }
+        for (int d = 0; d < kD; ++d) to.put(8 * d + lane % 4 * 2, out[m][d][2 * half], out[m][d][2 * half + 1]);
         continue;
       }
       if (lane % 4 == 0) head.stat(p.row_max, h, query) = largest, head.stat(p.row_sum, h, query) = sum;
       const float factor = sum == 0.f ? 0.f : static_cast<float>(p.keep_scale) / sum;
-      T* to = head.query_row(p.out, h, query);
+      const RowOfPairs<T> to(head.query_row(p.out, h, query), p.out.col, p.value_dim);
 #pragma unroll
       for (int d = 0; d < kD; ++d) {
-#pragma unroll
-        for (int second = 0; second < 2; ++second) {
-          const int col = 8 * d + lane % 4 * 2 + second;
-          if (col < p.value_dim) to[col * p.out.col] = static_cast<T>(out[m][d][2 * half + second] * factor);
-        }
+        to.put(8 * d + lane % 4 * 2, out[m][d][2 * half] * factor, out[m][d][2 * half + 1] * factor);
       }
     }
   }

@@ -40,6 +40,32 @@ struct AttentionHead {
   }
 };
 
+// A row of `cols` elements in global memory, which a lane writes by pairs: of one access where the row allows it.
+template <class T>
+struct RowOfPairs {
+  T* row;
+  int64_t stride;
+  int cols;
+  bool is_dense;
+
+  __device__ RowOfPairs(T* row, int64_t stride, int cols)
+      : row(row), stride(stride), cols(cols), is_dense(stride == 1 && is_aligned<2>(row)) {}
+
+  // Columns col, which is even, and col + 1.
+  __device__ void put(int col, float first, float second) const {
+    if (is_dense && col + 1 < cols) {
+      if constexpr (std::is_same_v<T, float>) {
+        store(row + col, Vector<float, 2>{first, second});
+      } else {
+        *reinterpret_cast<uint32_t*>(row + col) = pack_pair<T>(first, second);
+      }
+      return;
+    }
+    if (col < cols) row[col * stride] = static_cast<T>(first);
+    if (col + 1 < cols) row[(col + 1) * stride] = static_cast<T>(second);
+  }
+};
+
 // Queries [i, i + num_rows) of the head, zeros from the sequence's end on.
 template <class T, int kCols>
 __device__ void copy_queries(SharedTile<T, kCols> tile, int num_rows, const AttentionHead<T>& head,
