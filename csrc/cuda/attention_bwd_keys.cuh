@@ -365,14 +365,18 @@ __global__ void __launch_bounds__(32 * key_tiles<T, kDim, kPlain>().warps(), 8 /
     for (int half = 0; half < 2; ++half) {
       const int key = j + first_key + m * 16 + half * 8 + lane / 4;
       if (key >= owner.sequence.k_len) continue;
+      const int first_col = first_feature + lane % 4 * 2;
       const RowOfPairs<T> k_row(owner.key_row(g.grad_key, key), g.grad_key.col, p.head_dim);
+#pragma unroll
+      for (int d = 0; d < kD; ++d) {
+        const float* k = grad_k[m][d] + 2 * half;
+        k_row.put(first_col + 8 * d, k[0] * differentiate.score.scale, k[1] * differentiate.score.scale);
+      }
       const RowOfPairs<T> v_row(owner.key_row(g.grad_value, key), g.grad_value.col, p.value_dim);
 #pragma unroll
       for (int d = 0; d < kD; ++d) {
-        const int col = first_feature + 8 * d + lane % 4 * 2;
-        const float *k = grad_k[m][d] + 2 * half, *v = grad_v[m][d] + 2 * half;
-        k_row.put(col, k[0] * differentiate.score.scale, k[1] * differentiate.score.scale);
-        v_row.put(col, v[0] * differentiate.keep_scale, v[1] * differentiate.keep_scale);
+        const float* v = grad_v[m][d] + 2 * half;
+        v_row.put(first_col + 8 * d, v[0] * differentiate.keep_scale, v[1] * differentiate.keep_scale);
       }
     }
   }
