@@ -12,9 +12,8 @@ KERNELS = build.HERE / "kernels"
 
 @pytest.fixture(scope="module")
 def copies():
-    header = KERNELS / "hopper.cuh"
     source = KERNELS / "bulk_copies.cu"
-    return Kernels("bulk_copies", source, headers=[header], architectures=["90a"])
+    return Kernels("bulk_copies", source, architectures=["90a"])
 
 
 @pytest.fixture(params=SCHEDULES, ids=lambda s: "-".join(map(str, s)))

@@ -2,15 +2,13 @@
 
 import pytest
 import torch
-from cuda_compiler import ROOT
 from emulator import build
 from emulator_helpers import Kernels
 
 
 @pytest.fixture(scope="module")
 def twice():
-    header = ROOT / "csrc/cuda/launch.cuh"
-    Kernels("host_access", build.HERE / "kernels/host_access.cu", headers=(header,))
+    Kernels("host_access", build.HERE / "kernels/host_access.cu")
     return torch.ops.bigkern_host_access.twice
 
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from cuda_compiler import ROOT
 from emulator import build
 from emulator_helpers import SCHEDULES, Kernels
 
@@ -62,8 +61,7 @@ def test_ldmatrix(run, stride, conflicts):
 
 @pytest.fixture(scope="module")
 def gemm():
-    header = ROOT / "csrc/cuda/ptx.cuh"
-    return Kernels("gemm", build.HERE / "kernels/gemm.cu", headers=(header,))
+    return Kernels("gemm", build.HERE / "kernels/gemm.cu")
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 32), (7, 127, 64), (100, 70, 96), (64, 64, 32)])

@@ -9,7 +9,6 @@ from emulator import build
 from emulator_helpers import SCHEDULES, Kernels
 
 KERNELS = build.HERE / "kernels"
-HEADERS = [KERNELS / "products.cuh", KERNELS / "hopper.cuh"]
 # dtype of A and B -> their type, D's, and the constraint of D's registers.
 TYPES = {
     torch.float16: ("f16", "f32", "f"),
@@ -97,7 +96,7 @@ def products():
     path = build.CACHE / "products.cu"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(source().replace('"products.cuh"', f'"{KERNELS}/products.cuh"'))
-    return Kernels("products", path, headers=HEADERS, architectures=["90a"])
+    return Kernels("products", path, architectures=["90a"])
 
 
 # ---- Layouts, as the PTX ISA draws them ----
@@ -202,7 +201,7 @@ def test_products(products, number, schedule):
 
 @pytest.fixture(scope="module")
 def chains():
-    return Kernels("chain", KERNELS / "product_chain.cu", headers=HEADERS, architectures=["90a"])
+    return Kernels("chain", KERNELS / "product_chain.cu", architectures=["90a"])
 
 
 def chain(run, bug):

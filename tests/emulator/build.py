@@ -14,7 +14,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
@@ -56,7 +56,6 @@ WRAPPED = [
 class Sources(NamedTuple):
     kernels: Sequence[Path] = ()  # .cu
     host: Sequence[Path] = ()  # .cpp
-    headers: Sequence[Path] = ()  # what they include, besides toolkit and torch
     prelude: Sequence[Path] = ()  # included before each source
     ptx: Sequence[Path] = ()  # of other compilers, without host code
     architectures: Sequence[str] = ("80",)  # as many translations: "90a" too for Hopper's own code
@@ -68,7 +67,7 @@ def load(name: str, sources: Sources) -> ModuleType:
     Raises:
         cuda_compiler.NoCompilerError: nothing is cached, and there is no nvcc.
     """
-    files = [*sources.kernels, *sources.host, *sources.headers, *sources.ptx]
+    files = [*sources.kernels, *sources.host, *sources.prelude, *sources.ptx]
     inputs = [*files, *TRANSLATOR, *RUNTIME_FILES]
     path = _cached(name, ".so", inputs, lambda out: _link(out, sources), sources.architectures)
     full_name = f"{name}.emulated"  # one of each name in a process
@@ -76,6 +75,19 @@ def load(name: str, sources: Sources) -> ModuleType:
     module = module_from_spec(spec_from_file_location(full_name, path, loader=loader))
     loader.exec_module(module)
     return module
+
+
+def _with_headers(files: Iterable[Path]) -> list[Path]:
+    """And what they include with quotes, one through the other."""
+    found, waiting = [], [file.resolve() for file in files]
+    while waiting:
+        file = waiting.pop(0)
+        if file in found or not file.is_file():  # one of the toolkit or of torch
+            continue
+        found.append(file)
+        names = re.findall(r'^\s*#\s*include\s+"([^"]+)"', file.read_text(), re.MULTILINE)
+        waiting += [(file.parent / name).resolve() for name in names]
+    return found
 
 
 def _cached(
@@ -86,7 +98,7 @@ def _cached(
     options: Sequence[str] = (),
 ) -> Path:
     digest = hashlib.sha256(f"{torch.__version__} {sys.version} {options}".encode())
-    for file in (ROOT / "setup.py", Path(__file__), *inputs):
+    for file in (ROOT / "setup.py", Path(__file__), *_with_headers(inputs)):
         digest.update(f"{file.name} {file.stat().st_size}\n".encode() + file.read_bytes())
     path = CACHE / f"{name}-{digest.hexdigest()[:16]}{suffix}"
     if not path.exists():
@@ -130,7 +142,7 @@ def _runtime_object(source: Path) -> Path:
     return _cached(
         f"runtime-{source.stem}",
         ".o",
-        [source, *sorted(RUNTIME.glob("*.h"))],
+        [source],
         lambda out: _run("g++", *COMMON, "-O3", *flags, "-c", source, "-o", out),
     )
 
@@ -140,13 +152,13 @@ def _host_object(source: Path, sources: Sources) -> Path:
     return _cached(
         source.stem,
         ".o",
-        [source, *sources.headers, *sources.prelude],
+        [source, *sources.prelude],
         lambda out: _run("g++", *HOST, *flags, "-c", source, "-o", out),
     )
 
 
 def _kernel_object(source: Path, sources: Sources) -> Path:
-    inputs = [source, *sources.headers, *sources.prelude, *TRANSLATOR]
+    inputs = [source, *sources.prelude, *TRANSLATOR]
     make = lambda out: _compile(source, sources, out)  # noqa: E731
     return _cached(source.stem, ".cu.o", inputs, make, sources.architectures)
 

@@ -15,10 +15,9 @@ NAMESPACE = "bigkern_emulated"
 def load() -> ModuleType:
     """The library's controls."""
     csrc = ROOT / "csrc"
-    headers = sorted([*csrc.rglob("*.h"), *csrc.rglob("*.cuh")])
     prelude = [build.RUNTIME / "ops_namespace.h"]
     kernels = sorted(csrc.glob("cuda/*.cu"))
-    return build.load("ops", build.Sources(kernels, [csrc / "ops.cpp"], headers, prelude))
+    return build.load("ops", build.Sources(kernels, [csrc / "ops.cpp"], prelude))
 
 
 @contextlib.contextmanager
