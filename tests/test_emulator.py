@@ -306,7 +306,7 @@ def test_launches_that_a_card_refuses(library, launch, message):
 def test_controls_check_their_arguments(library):
     with pytest.raises(ValueError, match="schedule must be asc, desc or random, got up"):
         library.controls.set_schedule("up")
-    with pytest.raises(ValueError, match="model must be one of t4, .*, h100, .* got k80"):
+    with pytest.raises(ValueError, match=r"model must be one of t4, .*, h100, .* got k80"):
         library.controls.set_device("k80")
     with pytest.raises(ValueError, match="print takes 2 arguments, got 1"):
         library("print", 1)
