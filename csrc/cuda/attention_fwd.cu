@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(32 * tiles_of(kDim * sizeof(T), kPlain).warps,
     attention_kernel(const __grid_constant__ AttentionProblem p, const __grid_constant__ AttentionLaunch launch) {
   constexpr AttentionTiles kTiles = tiles_of(kDim * sizeof(T), kPlain);
   constexpr int kRowTiles = kTiles.row_tiles, BLOCK_KV = kTiles.block_kv, kWarpRows = 16 * kRowTiles;
-  constexpr int kN = BLOCK_KV / 8, kD = kDim / 8, kDimSteps = kDim / kStep<T>, kKeySteps = BLOCK_KV / kStep<T>;
+  constexpr int kN = BLOCK_KV / 8, kD = kDim / 8, kDimSteps = kDim / kStep<T>;
   constexpr bool kQueryInRegisters = kRowTiles * kDimSteps <= 8;
   using Tile = SharedTile<T, kDim>;
   const int num_warps = blockDim.x / 32, block_q = num_warps * kWarpRows;
@@ -163,6 +163,14 @@ __global__ void __launch_bounds__(32 * tiles_of(kDim * sizeof(T), kPlain).warps,
   OnlineSoftmax<kRowTiles> softmax;
   float out[kRowTiles][kD][4] = {};
   uint32_t q_reg[kRowTiles][kQueryInRegisters ? kDimSteps : 1][4];
+  const LeftRows<T, kDim> q_rows{q_smem, warp * kWarpRows};
+  const auto queries = [&](int m, int k) {
+    if constexpr (kQueryInRegisters) {
+      return to_fragment<T>(q_reg[m][k]);
+    } else {
+      return q_rows(m, k);
+    }
+  };
 
   for (int j = begin, stage = 0; j < end; j += BLOCK_KV, stage ^= 1) {
     // The tile has come, and all warps are done with the one before, whose place the next one takes.
@@ -180,23 +188,7 @@ __global__ void __launch_bounds__(32 * tiles_of(kDim * sizeof(T), kPlain).warps,
     // S = Q @ K^T  [kWarpRows, BLOCK_KV]
     float s[kRowTiles][kN][4] = {};
 #pragma unroll(kQueryInRegisters ? kDimSteps : 4)
-    for (int k = 0; k < kDimSteps; ++k) {
-      Fragment<T, 4> q[kRowTiles];
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) {
-        if constexpr (!kQueryInRegisters) load_left(q_reg[m][0], q_smem, warp * kWarpRows + m * 16, k);
-        q[m] = to_fragment<T>(q_reg[m][kQueryInRegisters ? k : 0]);
-      }
-#pragma unroll
-      for (int n = 0; n < kN; n += 2) {
-        const Fragment<T, 4> keys = load_right_t(k_smem(stage), n * 8, k);
-#pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-          multiply_add<T>(s[m][n], q[m], keys, 0);
-          multiply_add<T>(s[m][n + 1], q[m], keys, 2);
-        }
-      }
-    }
+    for (int k = 0; k < kDimSteps; ++k) add_step_t(s, queries, k_smem(stage), 0, k);
 
     // P = exp(S - row_max)
     if (!kPlain || j < whole_begin || j + BLOCK_KV > whole_end) {
@@ -240,21 +232,7 @@ __global__ void __launch_bounds__(32 * tiles_of(kDim * sizeof(T), kPlain).warps,
     }
 
     // O += P @ V  [kWarpRows, kDim]
-#pragma unroll
-    for (int k = 0; k < kKeySteps; ++k) {
-      Fragment<T, 4> weights[kRowTiles];
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) weights[m] = to_left<T>(s[m], k);
-#pragma unroll
-      for (int d = 0; d < kD; d += 2) {
-        const Fragment<T, 4> values = load_right(v_smem(stage), k * kStep<T>, d * 8);
-#pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-          multiply_add<T>(out[m][d], weights[m], values, 0);
-          multiply_add<T>(out[m][d + 1], weights[m], values, 2);
-        }
-      }
-    }
+    add_product(out, s, v_smem(stage), 0, 0);
   }
   wait_for_copies<0>();  // of the queries, if there were no keys: none may come after this
 

@@ -41,19 +41,9 @@ __global__ void __launch_bounds__(32 * kWarps)
     __syncthreads();
 
     // S = Q @ K^T  [16, BLOCK_KV]
-    float s[kN][4] = {};
+    float s[1][kN][4] = {};
 #pragma unroll 4
-    for (int k = 0; k < kDim / kStep<T>; ++k) {
-      uint32_t raw[4];
-      load_left(raw, q_smem, warp * 16, k);
-      const auto queries = to_fragment<T>(raw);
-#pragma unroll
-      for (int n = 0; n < kN; n += 2) {
-        const Fragment<T, 4> keys = load_right_t(k_smem, n * 8, k);
-        multiply_add<T>(s[n], queries, keys, 0);
-        multiply_add<T>(s[n + 1], queries, keys, 2);
-      }
-    }
+    for (int k = 0; k < kDim / kStep<T>; ++k) add_step_t(s, LeftRows<T, kDim>{q_smem, warp * 16}, k_smem, 0, k);
     __syncthreads();
 
     // P = exp(S - row_max) / row_sum
@@ -70,7 +60,7 @@ __global__ void __launch_bounds__(32 * kWarps)
       for (int n = 0; n < kN; ++n) {
 #pragma unroll
         for (int second = 0; second < 2; ++second) {
-          const float x = score(row, j + 8 * n + lane % 4 * 2 + second, s[n][2 * half + second]);
+          const float x = score(row, j + 8 * n + lane % 4 * 2 + second, s[0][n][2 * half + second]);
           const bool keeps = words.keeps(n, second, p.dropout_threshold);
           if (keeps) mean[n][2 * half + second] += exp2f((x - largest) * kLog2E) * factor;
         }

@@ -117,4 +117,55 @@ __device__ Fragment<T, 4> to_left(const float (&sums)[kN][4], int k) {
   return to_fragment<T>(raw);
 }
 
+// The rows of a tile from `row` on as a left operand.
+template <class T, int kCols>
+struct LeftRows {
+  SharedTile<T, kCols> tile;
+  int row;
+
+  __device__ Fragment<T, 4> operator()(int m, int k) const {
+    uint32_t raw[4];
+    load_left(raw, tile, row + m * 16, k);
+    return to_fragment<T>(raw);
+  }
+};
+
+// sums [16 kM, 8 kN] += left @ rows [row, row + 8 kN) of right, transposed: step k of the columns.
+template <class T, int kCols, int kM, int kN, class Left>
+__device__ void add_step_t(float (&sums)[kM][kN][4], const Left& left, SharedTile<T, kCols> right, int row, int k) {
+  Fragment<T, 4> a[kM];
+#pragma unroll
+  for (int m = 0; m < kM; ++m) a[m] = left(m, k);
+#pragma unroll
+  for (int n = 0; n < kN; n += 2) {
+    const Fragment<T, 4> b = load_right_t(right, row + n * 8, k);
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+      multiply_add<T>(sums[m][n], a[m], b, 0);
+      multiply_add<T>(sums[m][n + 1], a[m], b, 2);
+    }
+  }
+}
+
+// sums [16 kM, 8 kD] += weights [16 kM, 8 kN] @ rows [row, row + 8 kN) of right, columns [col, col + 8 kD).
+template <class T, int kCols, int kM, int kN, int kD>
+__device__ void add_product(float (&sums)[kM][kD][4], const float (&weights)[kM][kN][4], SharedTile<T, kCols> right,
+                            int row, int col) {
+#pragma unroll
+  for (int k = 0; k < kN * 8 / kStep<T>; ++k) {
+    Fragment<T, 4> a[kM];
+#pragma unroll
+    for (int m = 0; m < kM; ++m) a[m] = to_left<T>(weights[m], k);
+#pragma unroll
+    for (int d = 0; d < kD; d += 2) {
+      const Fragment<T, 4> b = load_right(right, row + k * kStep<T>, col + d * 8);
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        multiply_add<T>(sums[m][d], a[m], b, 0);
+        multiply_add<T>(sums[m][d + 1], a[m], b, 2);
+      }
+    }
+  }
+}
+
 }  // namespace bigkern
