@@ -12,17 +12,15 @@ namespace {
 
 // delta = rowsum(dO * O) - dlse: a warp a query.
 template <class T>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(32 * kQueryWarps)
     delta_kernel(const __grid_constant__ AttentionProblem p, const __grid_constant__ AttentionBackwardProblem g,
                  bool vectorized /* grad_out and out */) {
-  const int64_t r = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / 32;  // of [batch, heads, max_q_len]
-  if (r >= p.batch * p.heads * p.max_q_len) return;
   const int lane = threadIdx.x % 32;
-  const int query = r % p.max_q_len, h = r / p.max_q_len % p.heads, b = r / p.max_q_len / p.heads;
-  const AttentionHead<T> head(p, b, h);
-  if (query >= head.sequence.q_len) return;
+  const WarpQuery at(p);
+  if (!at.is_there) return;
+  const AttentionHead<T> head(p, at.b, at.h);
 
-  const T *x = head.query_row(g.grad_out, h, query), *y = head.query_row(p.out, h, query);
+  const T *x = head.query_row(g.grad_out, at.h, at.query), *y = head.query_row(p.out, at.h, at.query);
   // For a query with one key dP - delta cancels, but for the rounding errors of both.
   using Sum = std::conditional_t<std::is_same_v<T, float>, double, float>;
   Sum sum = 0;
@@ -40,8 +38,8 @@ __global__ void __launch_bounds__(128)
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
   if (lane > 0) return;
-  if (g.grad_lse.data != nullptr) sum -= head.stat(g.grad_lse, h, query);
-  head.stat(g.delta, h, query) = static_cast<float>(sum);
+  if (g.grad_lse.data != nullptr) sum -= head.stat(g.grad_lse, at.h, at.query);
+  head.stat(g.delta, at.h, at.query) = static_cast<float>(sum);
 }
 
 // ---- Host ----
@@ -58,9 +56,9 @@ void launch_blocks(const AttentionProblem& p, Kernel kernel, int64_t num_blocks,
 template <class T, int kDim, bool kPlain>
 void launch_backward(const AttentionProblem& p, const AttentionBackwardProblem& g, BackwardLaunch options) {
   BackwardLaunch& l = options;
-  const int64_t num_rows = p.batch * p.heads * p.max_q_len, blocks_of_rows = ceil_div<int64_t>(num_rows, 4);
+  const int64_t num_rows = p.batch * p.heads * p.max_q_len, blocks_of_rows = ceil_div<int64_t>(num_rows, kQueryWarps);
   const bool reads_vectors = is_vectorized(p, g.grad_out, p.value_dim) && is_vectorized(p, p.out, p.value_dim);
-  launch_blocks(p, delta_kernel<T>, blocks_of_rows, 128, 0, g, reads_vectors);
+  launch_blocks(p, delta_kernel<T>, blocks_of_rows, 32 * kQueryWarps, 0, g, reads_vectors);
 
   constexpr KeyTiles kKeyTiles = key_tiles<T, kDim, kPlain>();
   static_assert(key_smem_bytes<T, kDim, kPlain>() <= kMostSmem && query_smem_bytes<T, kDim>() <= kMostSmem);
@@ -82,7 +80,7 @@ void launch_backward(const AttentionProblem& p, const AttentionBackwardProblem& 
                 key_smem_bytes<T, kDim, kPlain>(), g, l);
 
   if (l.query_sums != nullptr) {
-    launch_blocks(p, convert_query_kernel<T>, blocks_of_rows, 128, 0, g, l);
+    launch_blocks(p, convert_query_kernel<T>, blocks_of_rows, 32 * kQueryWarps, 0, g, l);
     return;
   }
   constexpr QueryTiles kQueryTiles = query_tiles(kDim * sizeof(T));
@@ -102,12 +100,10 @@ BackwardLaunch launch_of(const AttentionBackwardProblem& backward) {
 void attention_backward(const AttentionBackwardProblem& backward) {
   const AttentionProblem& p = *backward.forward;
   check_supported(p);
-  const bool is_plain = p.scale > 0 && p.softcap == 0 && p.mask.data == nullptr && p.alibi_slopes.data == nullptr &&
-                        p.dropout_threshold == 0;
   ATTENTION_SWITCH(p, T, kDim, [&] {
     // Beside the products of float32, the tests of features that a problem hasn't take no time.
     constexpr bool kMayBePlain = sizeof(T) == 2;
-    BOOL_SWITCH(is_plain && kMayBePlain, kPlain,
+    BOOL_SWITCH(is_plain(p) && kMayBePlain, kPlain,
                 [&] { launch_backward<T, kDim, kPlain && kMayBePlain>(p, backward, launch_of(backward)); });
   });
 }
@@ -122,7 +118,7 @@ void attention_mask_grad(const AttentionBackwardProblem& backward) {
   l.num_tiles = tiles(p.mask_cols, p.k_rows, MaskTiles::block_kv);
   const int64_t num_blocks =
       p.mask_batch * p.mask_heads * tiles(p.mask_rows, p.q_rows, MaskTiles::block_q) * l.num_tiles;
-  ATTENTION_SWITCH(p, T, kDim, [&] {
+  ATTENTION_DTYPE_SWITCH(p, T, [&] {
     launch_blocks(p, attention_mask_kernel<T>, num_blocks, 32 * MaskTiles::warps, mask_smem_bytes<T>(), backward, l);
   });
 }

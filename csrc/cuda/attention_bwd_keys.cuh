@@ -76,23 +76,6 @@ constexpr size_t key_smem_bytes() {
   return (rows * kDim + kTiles.block_kv() * kScoreCols<T>)*sizeof(T) + sizeof(QueryColumns<kTiles.block_q>);
 }
 
-// The left operand out of its transpose in memory: columns are rows [row, row + kStep), rows are columns [col, col +
-// 16). For float32 in the order of to_left.
-template <class T, int kCols>
-__device__ Fragment<T, 4> load_left_t(SharedTile<T, kCols> tile, int row, int col) {
-  const int lane = threadIdx.x % 32;
-  uint32_t raw[4];
-  if constexpr (std::is_same_v<T, float>) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      raw[i] = __float_as_uint(*tile.at(row + lane % 4 * 2 + i / 2, col + i % 2 * 8, lane / 4));
-    }
-  } else {
-    load_matrices_transposed(raw, tile.chunk(row + lane % 8 + lane / 16 * 8, col / tile.kChunk, lane / 8 % 2));
-  }
-  return to_fragment<T>(raw);
-}
-
 // The random bits of a warp's 16 keys, from a multiple of 16 on, and 8 queries from i on, for a lane's of them. Lanes
 // of neighbouring keys draw for one query each and exchange.
 struct DropoutColumns {
@@ -384,19 +367,17 @@ __global__ void __launch_bounds__(32 * key_tiles<T, kDim, kPlain>().warps(), 8 /
 
 // dQ out of its sums: a warp a query.
 template <class T>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(32 * kQueryWarps)
     convert_query_kernel(const __grid_constant__ AttentionProblem p, const __grid_constant__ AttentionBackwardProblem g,
                          const __grid_constant__ BackwardLaunch launch) {
-  const int64_t r = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / 32;  // of [batch, heads, max_q_len]
-  if (r >= p.batch * p.heads * p.max_q_len) return;
-  const int query = r % p.max_q_len, h = r / p.max_q_len % p.heads, b = r / p.max_q_len / p.heads;
-  const AttentionHead<T> head(p, b, h);
-  if (query >= head.sequence.q_len) return;
-  const float* sums = query_sums_of(head, launch, h, query, launch.block_q);
+  const WarpQuery at(p);
+  if (!at.is_there) return;
+  const AttentionHead<T> head(p, at.b, at.h);
+  const float* sums = query_sums_of(head, launch, at.h, at.query, launch.block_q);
   const auto scale = static_cast<float>(p.scale);
-  T* row = head.query_row(g.grad_query, h, query);
+  T* row = head.query_row(g.grad_query, at.h, at.query);
   for (int col = threadIdx.x % 32; col < p.head_dim; col += 32) {
-    row[col * g.grad_query.col] = static_cast<T>(sums[place_of_sum(launch, query % launch.block_q, col)] * scale);
+    row[col * g.grad_query.col] = static_cast<T>(sums[place_of_sum(launch, at.query % launch.block_q, col)] * scale);
   }
 }
 

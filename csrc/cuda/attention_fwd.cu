@@ -266,33 +266,31 @@ __global__ void __launch_bounds__(32 * tiles_of(kDim * sizeof(T), kPlain).warps,
 
 // out = sum over splits of exp(row_max - largest) O / sum of the same row_sum. A warp a query.
 template <class T>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(32 * kQueryWarps)
     combine_kernel(const __grid_constant__ AttentionProblem p, const __grid_constant__ AttentionLaunch launch) {
   const int lane = threadIdx.x % 32;
   const int64_t num_rows = p.batch * p.heads * p.max_q_len;
-  const int64_t r = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / 32;  // of [batch, heads, max_q_len]
-  if (r >= num_rows) return;
-  const int query = r % p.max_q_len, h = r / p.max_q_len % p.heads, b = r / p.max_q_len / p.heads;
-  const AttentionHead<T> head(p, b, h);
-  if (query >= head.sequence.q_len) return;
+  const WarpQuery at(p);
+  if (!at.is_there) return;
+  const AttentionHead<T> head(p, at.b, at.h);
 
   float largest = -INFINITY, sum = 0.f;
   for (int split = 0; split < launch.num_splits; ++split) {
-    largest = fmaxf(largest, launch.row_max[split * num_rows + r]);
+    largest = fmaxf(largest, launch.row_max[split * num_rows + at.row]);
   }
   const float shift = largest == -INFINITY ? 0.f : largest;
-  const auto weight = [&](int split) { return exp2f((launch.row_max[split * num_rows + r] - shift) * kLog2E); };
+  const auto weight = [&](int split) { return exp2f((launch.row_max[split * num_rows + at.row] - shift) * kLog2E); };
   for (int split = 0; split < launch.num_splits; ++split) {
-    sum = fmaf(weight(split), launch.row_sum[split * num_rows + r], sum);
+    sum = fmaf(weight(split), launch.row_sum[split * num_rows + at.row], sum);
   }
-  if (lane == 0) head.stat(p.row_max, h, query) = largest, head.stat(p.row_sum, h, query) = sum;
+  if (lane == 0) head.stat(p.row_max, at.h, at.query) = largest, head.stat(p.row_sum, at.h, at.query) = sum;
   const float factor = sum == 0.f ? 0.f : static_cast<float>(p.keep_scale) / sum;
   for (int col = lane; col < p.value_dim; col += 32) {
     float out = 0.f;
     for (int split = 0; split < launch.num_splits; ++split) {
-      out = fmaf(weight(split), launch.out[(split * num_rows + r) * p.value_dim + col], out);
+      out = fmaf(weight(split), launch.out[(split * num_rows + at.row) * p.value_dim + col], out);
     }
-    head.query_row(p.out, h, query)[col * p.out.col] = static_cast<T>(out * factor);
+    head.query_row(p.out, at.h, at.query)[col * p.out.col] = static_cast<T>(out * factor);
   }
 }
 
@@ -326,7 +324,8 @@ void launch_attention(const AttentionProblem& p, AttentionLaunch launch_options)
   const size_t smem = (block_q + 2 * kStages * kTiles.block_kv) * kDim * sizeof(T);
   launch(p.device_index, attention_kernel<T, kDim, kPlain>, grid_of(num_tiles * l.num_splits), 32 * warps, smem, p, l);
   if (l.num_splits > 1) {
-    launch(p.device_index, combine_kernel<T>, grid_of(ceil_div<int64_t>(num_rows, 4)), 128, 0, p, l);
+    launch(p.device_index, combine_kernel<T>, grid_of(ceil_div<int64_t>(num_rows, kQueryWarps)), 32 * kQueryWarps, 0, p,
+           l);
   }
 }
 
@@ -339,12 +338,10 @@ void attention_forward(const AttentionProblem& p) {
   l.num_head_groups = p.heads / l.heads_at_once;
   l.vectorized = is_vectorized(p, p.query, p.head_dim) && is_vectorized(p, p.key, p.head_dim) &&
                  is_vectorized(p, p.value, p.value_dim);
-  const bool is_plain = p.scale > 0 && p.softcap == 0 && p.mask.data == nullptr && p.alibi_slopes.data == nullptr &&
-                        p.dropout_threshold == 0;
   ATTENTION_SWITCH(p, T, kDim, [&] {
     // With two tiles of rows, a warp has too many for few queries.
     const bool has_rows = l.heads_at_once * p.max_q_len > 64 || tiles_of(kDim * sizeof(T), true).row_tiles == 1;
-    BOOL_SWITCH(is_plain && has_rows, kPlain, [&] { launch_attention<T, kDim, kPlain>(p, l); });
+    BOOL_SWITCH(is_plain(p) && has_rows, kPlain, [&] { launch_attention<T, kDim, kPlain>(p, l); });
   });
 }
 

@@ -27,23 +27,35 @@ inline bool is_vectorized(const AttentionProblem& p, const AnyStrided& t, int64_
          reinterpret_cast<uintptr_t>(t.data) % 16 == 0;
 }
 
+// Whether scores are scaled products of the keys that causality and window select, by a positive scale.
+inline bool is_plain(const AttentionProblem& p) {
+  return p.scale > 0 && p.softcap == 0 && p.mask.data == nullptr && p.alibi_slopes.data == nullptr &&
+         p.dropout_threshold == 0;
+}
+
 }  // namespace bigkern
 
-// Runs a lambda with the dtype of the tensors as the type T_NAME and the features of a tile as the constant DIM_NAME.
-#define ATTENTION_SWITCH(PROBLEM, T_NAME, DIM_NAME, ...)                                          \
-  [&] {                                                                                           \
-    const int64_t features_ = std::max((PROBLEM).head_dim, (PROBLEM).value_dim);                  \
-    const auto with_dim_ = [&](auto example) {                                                    \
-      using T_NAME = decltype(example);                                                           \
-      const auto run_ = [&](auto dim_) {                                                          \
-        constexpr int DIM_NAME = decltype(dim_)::value;                                           \
-        return (__VA_ARGS__)();                                                                   \
-      };                                                                                          \
-      if (features_ <= 64) return run_(std::integral_constant<int, 64>{});                        \
-      if (features_ <= 128) return run_(std::integral_constant<int, 128>{});                      \
-      return run_(std::integral_constant<int, 256>{});                                            \
-    };                                                                                            \
-    if ((PROBLEM).dtype == ScalarType::Half) return with_dim_(torch::headeronly::Half{});         \
-    if ((PROBLEM).dtype == ScalarType::BFloat16) return with_dim_(torch::headeronly::BFloat16{}); \
-    return with_dim_(float{});                                                                    \
+// Runs a lambda with the dtype of the tensors as the type T_NAME.
+#define ATTENTION_DTYPE_SWITCH(PROBLEM, T_NAME, ...)                                                \
+  [&] {                                                                                             \
+    const auto with_dtype_ = [&](auto example) {                                                    \
+      using T_NAME = decltype(example);                                                             \
+      return (__VA_ARGS__)();                                                                       \
+    };                                                                                              \
+    if ((PROBLEM).dtype == ScalarType::Half) return with_dtype_(torch::headeronly::Half{});         \
+    if ((PROBLEM).dtype == ScalarType::BFloat16) return with_dtype_(torch::headeronly::BFloat16{}); \
+    return with_dtype_(float{});                                                                    \
   }()
+
+// And with the features of a tile as the constant DIM_NAME.
+#define ATTENTION_SWITCH(PROBLEM, T_NAME, DIM_NAME, ...)                         \
+  ATTENTION_DTYPE_SWITCH(PROBLEM, T_NAME, [&] {                                  \
+    const int64_t features_ = std::max((PROBLEM).head_dim, (PROBLEM).value_dim); \
+    const auto with_dim_ = [&](auto dim_) {                                      \
+      constexpr int DIM_NAME = decltype(dim_)::value;                            \
+      return (__VA_ARGS__)();                                                    \
+    };                                                                           \
+    if (features_ <= 64) return with_dim_(std::integral_constant<int, 64>{});    \
+    if (features_ <= 128) return with_dim_(std::integral_constant<int, 128>{});  \
+    return with_dim_(std::integral_constant<int, 256>{});                        \
+  })

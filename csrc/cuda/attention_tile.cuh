@@ -40,6 +40,21 @@ struct AttentionHead {
   }
 };
 
+// Where a warp has one query: which it is, among [batch, heads, max_q_len].
+constexpr int kQueryWarps = 4;  // of a block
+struct WarpQuery {
+  int64_t row;
+  int b, h, query;
+  bool is_there;
+
+  __device__ explicit WarpQuery(const AttentionProblem& p)
+      : row(static_cast<int64_t>(blockIdx.x) * kQueryWarps + threadIdx.x / 32),
+        b(row / p.max_q_len / p.heads),
+        h(row / p.max_q_len % p.heads),
+        query(row % p.max_q_len),
+        is_there(b < p.batch && query < p.sequence(b).q_len) {}
+};
+
 // A row of `cols` elements in global memory, which a lane writes by pairs: of one access where the row allows it.
 template <class T>
 struct RowOfPairs {

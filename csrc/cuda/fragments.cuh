@@ -87,6 +87,23 @@ __device__ Fragment<T, 4> load_right(SharedTile<T, kCols> tile, int row, int col
   return to_fragment<T>(raw);
 }
 
+// The left operand out of its transpose in memory: columns are rows [row, row + kStep), rows are columns [col, col +
+// 16). For float32 in the order of to_left.
+template <class T, int kCols>
+__device__ Fragment<T, 4> load_left_t(SharedTile<T, kCols> tile, int row, int col) {
+  const int lane = threadIdx.x % 32;
+  uint32_t raw[4];
+  if constexpr (std::is_same_v<T, float>) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      raw[i] = __float_as_uint(*tile.at(row + lane % 4 * 2 + i / 2, col + i % 2 * 8, lane / 4));
+    }
+  } else {
+    load_matrices_transposed(raw, tile.chunk(row + lane % 8 + lane / 16 * 8, col / tile.kChunk, lane / 8 % 2));
+  }
+  return to_fragment<T>(raw);
+}
+
 template <class T>
 __device__ uint32_t pack_pair(float low, float high) {
   if constexpr (std::is_same_v<T, Half>) {
