@@ -96,7 +96,8 @@ def scaled_dot_product_attention(
 
     Raises:
         ValueError: shapes that don't fit, another dtype or device than stated here, dropout_p
-            outside [0, 1], a negative softcap, a window below -1.
+            outside [0, 1], a negative softcap, a window below -1; on a GPU, float64 or more than
+            256 features.
         RuntimeError: attn_mask together with is_causal; a second derivative.
         NotImplementedError: no backend for the device; nested tensors (see
             :func:`varlen_attention`); alibi_slopes that require a gradient.
@@ -141,7 +142,7 @@ def varlen_attention(
         k: (total_k, Hkv, E), where Hkv divides H.
         v: (total_k, Hkv, Ev).
         cu_seqlens_q, cu_seqlens_k: int32 of shape (B + 1), on the device of q: where each sequence
-            starts, and the total.
+            starts, and the total. Their values are checked on the CPU; a GPU relies on them.
         max_seqlen_q, max_seqlen_k: no sequence is longer.
         alibi_slopes: float32 of shape (H) or (B, H).
 
