@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from bigkern.ops.autocast import autocast_dtype
+
 SCALES = {"weight_scale", "x_scale", "input_factor"}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -145,7 +147,4 @@ def static_scale(input_range: Tensor) -> Tensor:
 
 def output_dtype(x: Tensor) -> torch.dtype:
     """That of a torch.nn layer's output: x's, or autocast's where it is on."""
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+    return autocast_dtype(x.device.type) or x.dtype

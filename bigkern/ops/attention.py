@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from bigkern.ops.attention_autograd import attention, attention_weights
+from bigkern.ops.autocast import autocast_dtype
 
 
 def scaled_dot_product_attention(
@@ -303,11 +304,9 @@ def _understand(bias, query, key, is_causal, bounds) -> tuple[bool, tuple[int, i
 
 
 def _autocast(device_type: str, *tensors: Tensor | None) -> list[Tensor | None]:
-    if not torch.amp.is_autocast_available(device_type):
+    dtype = autocast_dtype(device_type)
+    if dtype is None:
         return tensors
-    if not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
     return [
         x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x
         for x in tensors
