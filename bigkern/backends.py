@@ -64,7 +64,7 @@ def _add(op: str, backend: str) -> None:
         for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
         if has_kernel(f"{namespace}::{op}", key)
     )
-    torch.library.register_fake(f"{namespace}::{op}", _fakes[op])
+    torch.library.register_fake(f"{namespace}::{op}", _fakes[op], allow_override=True)
 
 
 def available(op: str, device_type: str) -> list[str]:
