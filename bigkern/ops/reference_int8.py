@@ -28,10 +28,7 @@ def row_scale(x: Tensor) -> Tensor:
 
 def quantize_rows(x: Tensor, static_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     x = x.float()
-    if static_scale is None:
-        scale = row_scale(x)
-    else:
-        scale = static_scale.expand(x.shape[:-1])
+    scale = row_scale(x) if static_scale is None else static_scale.expand(x.shape[:-1])
     scale = torch.where(x.isfinite().all(-1), scale, math.nan)
     steps = (x / scale[..., None]).round().clamp(-127, 127)
     return torch.where(scale[..., None] > 0, steps, 0).to(torch.int8), scale
