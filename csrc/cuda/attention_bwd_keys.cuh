@@ -166,12 +166,9 @@ __global__ void __launch_bounds__(32 * key_tiles<T, kDim, kPlain>().warps(), 8 /
   const SharedTile<T, kScoreCols<T>> ds_smem{q_smem(kQueryStages + 1).data};            // dS^T [BLOCK_KV, BLOCK_Q]
   auto& columns = *reinterpret_cast<QueryColumns<BLOCK_Q>*>(ds_smem.data + BLOCK_KV * kScoreCols<T>);
 
-  const T* const any = static_cast<const T*>(p.query.data);
   const auto copy_tile = [&](Tile tile, const AnyStrided& tensor, int cols, QueryTile t) {
     if (t.h >= h_end) return;
-    const int num_queries = sequence.q_len - t.i;
-    const auto row_at = [&](int r) { return r < num_queries ? head.query_row(tensor, t.h, t.i + r) : nullptr; };
-    copy_rows(tile, BLOCK_Q, row_at, cols, tensor.col, launch.vectorized, any);
+    copy_queries<BLOCK_Q>(tile, head, t.h, tensor, cols, t.i, launch.vectorized, kThreads);
   };
   const auto load_stats = [&](QueryTile t) {
     if (t.h >= h_end || threadIdx.x >= BLOCK_Q) return QueryStats();
@@ -179,8 +176,8 @@ __global__ void __launch_bounds__(32 * key_tiles<T, kDim, kPlain>().warps(), 8 /
   };
   static_assert(kThreads >= BLOCK_Q);
 
-  copy_keys(k_smem, BLOCK_KV, head, p.key, p.head_dim, j, launch.vectorized);
-  copy_keys(v_smem, BLOCK_KV, head, p.value, p.value_dim, j, launch.vectorized);
+  copy_keys<BLOCK_KV>(k_smem, head, p.key, p.head_dim, j, launch.vectorized);
+  copy_keys<BLOCK_KV>(v_smem, head, p.value, p.value_dim, j, launch.vectorized);
   uint32_t v_reg[kM][kTiles.value_in_registers ? kDimSteps : 1][4];
   if constexpr (kTiles.value_in_registers) {
     commit_copies();

@@ -9,29 +9,44 @@ namespace bigkern {
 namespace {
 
 // By the bytes of a row of kDim elements. A warp has 16 row_tiles queries, which share what it loads of keys and
-// values; with features that need registers fewer. A block of 4 warps has 128 registers a lane for the output, at most,
-// and 96 kB of shared memory: what every card from sm_80 on has.
+// values. A lane has 192 registers for scores and output, at most, and a block 72 kB of shared memory: two blocks fit a
+// multiprocessor of every card from sm_80 on with 164 kB.
 struct AttentionTiles {
   int row_tiles, warps, block_kv;
 };
 constexpr AttentionTiles tiles_of(int row_bytes, bool is_plain) {
   switch (row_bytes) {
-    case 128: return {is_plain ? 2 : 1, 4, 64};
-    case 256: return {is_plain ? 2 : 1, 4, 32};
+    case 128: return {is_plain ? 2 : 1, 4, is_plain ? 128 : 64};
+    case 256: return {is_plain ? 2 : 1, 4, is_plain ? 64 : 32};
     case 512: return {1, 4, 32};
     default: return {1, 2, 16};
   }
 }
 
-constexpr int kStages = 2;
+constexpr int kFewQueries = 64;
 
 // What the launch adds to the problem.
 struct AttentionLaunch {
   int num_tiles, num_head_groups, heads_at_once;
   bool vectorized;  // query, key and value, as copy_rows says
+  bool is_plain;
   // Where the keys are split: what each part leaves, over (split, row) with rows [batch, heads, max_q_len].
   int num_splits;
   float *out, *row_max, *row_sum;  // [num_splits, rows, value_dim], [num_splits, rows]
+};
+
+// What a block computes. The last tiles, which have the most keys under a causal mask, come first.
+struct AttentionPlace {
+  int tile, split, b, h;  // h: the first head
+
+  __device__ AttentionPlace(const AttentionLaunch& launch, int block) {
+    tile = launch.num_tiles - 1 - block % launch.num_tiles;
+    block /= launch.num_tiles;
+    split = block % launch.num_splits;
+    block /= launch.num_splits;
+    b = block / launch.num_head_groups;
+    h = block % launch.num_head_groups * launch.heads_at_once;
+  }
 };
 
 // Softmax over tiles of keys, of the queries of a lane: Milakov and Gimelshein 2018, algorithm 3.
@@ -91,32 +106,34 @@ struct OnlineSoftmax {
   }
 };
 
-// kPlain: scores are scaled products of keys that causality and window select; scale is positive.
+// kPlain, the fast path: scores are scaled products of keys that causality and window select, scale is positive, there
+// are more than kFewQueries, and tensors are vectorized.
 template <class T, int kDim, bool kPlain>
 __global__ void __launch_bounds__(32 * tiles_of(kDim * sizeof(T), kPlain).warps, 2)
     attention_kernel(const __grid_constant__ AttentionProblem p, const __grid_constant__ AttentionLaunch launch) {
   constexpr AttentionTiles kTiles = tiles_of(kDim * sizeof(T), kPlain);
   constexpr int kRowTiles = kTiles.row_tiles, BLOCK_KV = kTiles.block_kv, kWarpRows = 16 * kRowTiles;
   constexpr int kN = BLOCK_KV / 8, kD = kDim / 8, kDimSteps = kDim / kStep<T>;
-  constexpr bool kQueryInRegisters = kRowTiles * kDimSteps <= 8;
+  constexpr bool kQueryInRegisters = kRowTiles == 1 && kDimSteps <= 8;
   using Tile = SharedTile<T, kDim>;
-  const int num_warps = blockDim.x / 32, block_q = num_warps * kWarpRows;
+  const int num_threads = kPlain ? 32 * kTiles.warps : blockDim.x, block_q = num_threads / 32 * kWarpRows;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
-  // From the last tile on, which has the most keys under a causal mask.
-  int block = blockIdx.x;
-  const int tile = launch.num_tiles - 1 - block % launch.num_tiles;
-  block /= launch.num_tiles;
-  const int split = block % launch.num_splits;
-  block /= launch.num_splits;
-  const int b = block / launch.num_head_groups;
-  const AttentionHead<T> head(p, b, block % launch.num_head_groups * launch.heads_at_once);
-
   // Row r of the block is query r % q_len of head r / q_len of those that are computed at once.
-  const int q_len = head.sequence.q_len, num_rows = min(block_q, launch.heads_at_once * q_len - tile * block_q);
+  const AttentionPlace at(launch, blockIdx.x);
+  const AttentionHead<T> head(p, at.b, at.h);
+  const int heads_at_once = kPlain ? 1 : launch.heads_at_once;
+  const auto row_of = [&](const AttentionPlace& at, int r) {
+    const AttentionSequence sequence = p.sequence(at.b);
+    const int q_len = sequence.q_len, i = at.tile * block_q + r;
+    if (i >= heads_at_once * q_len) return AttentionRow();
+    return AttentionRow(p, sequence, at.b, kPlain ? at.h : at.h + i / q_len, kPlain ? i : i % q_len);
+  };
+  const int q_len = head.sequence.q_len, num_rows = min(block_q, heads_at_once * q_len - at.tile * block_q);
+  const bool vectorized = kPlain || launch.vectorized;
   if (num_rows <= 0) return;
-  const auto head_of = [&](int r) { return head.h + (tile * block_q + r) / q_len; };
-  const auto query_of = [&](int r) { return (tile * block_q + r) % q_len; };
+  const auto head_of = [&](int r) { return kPlain ? at.h : at.h + (at.tile * block_q + r) / q_len; };
+  const auto query_of = [&](int r) { return kPlain ? at.tile * block_q + r : (at.tile * block_q + r) % q_len; };
 
   // The keys that some row meets, those that every row meets; this split's of them.
   const bool is_one_head = head_of(0) == head_of(num_rows - 1);
@@ -126,37 +143,40 @@ __global__ void __launch_bounds__(32 * tiles_of(kDim * sizeof(T), kPlain).warps,
   int begin = static_cast<int>(first.begin) / BLOCK_KV * BLOCK_KV, end = last.end;
   if (launch.num_splits > 1) {
     const int keys = ceil_div<int>(ceil_div<int>(head.sequence.k_len, launch.num_splits), BLOCK_KV) * BLOCK_KV;
-    begin = max(begin, split * keys);
-    end = min(end, (split + 1) * keys);
+    begin = max(begin, at.split * keys);
+    end = min(end, (at.split + 1) * keys);
   }
 
   extern __shared__ __align__(128) unsigned char smem[];
-  const Tile q_smem{reinterpret_cast<T*>(smem)};  // [block_q, kDim]
-  const auto k_smem = [&](int stage) { return Tile{q_smem.data + (block_q + stage * BLOCK_KV) * kDim}; };
-  const auto v_smem = [&](int stage) { return k_smem(kStages + stage); };  // [BLOCK_KV, kDim] each
+  const Tile q_smem{reinterpret_cast<T*>(smem)};                                           // [block_q, kDim]
+  const Tile k_smem{q_smem.data + block_q * kDim}, v_smem{k_smem.data + BLOCK_KV * kDim};  // [BLOCK_KV, kDim]
   const T* const any = static_cast<const T*>(p.query.data);
 
   copy_rows(
       q_smem, block_q, [&](int r) { return r < num_rows ? head.query_row(p.query, head_of(r), query_of(r)) : nullptr; },
-      p.head_dim, p.query.col, launch.vectorized, any);
-  const auto copy_tile = [&](int j, int stage) {
+      p.head_dim, p.query.col, vectorized, any);
+  const T *const keys = head.key_row(p.key, 0), *const values = head.key_row(p.value, 0);
+  const auto copy_tile = [&](Tile tile, const T* rows, const AnyStrided& tensor, int cols, int j) {
     if (j < end) {
-      copy_keys(k_smem(stage), BLOCK_KV, head, p.key, p.head_dim, j, launch.vectorized);
-      copy_keys(v_smem(stage), BLOCK_KV, head, p.value, p.value_dim, j, launch.vectorized);
+      copy_strided_rows<BLOCK_KV>(tile, rows + j * tensor.row, tensor.row, end - j, cols, tensor.col, vectorized,
+                                  num_threads);
     }
     commit_copies();
   };
-  copy_tile(begin, 0);
+  copy_tile(k_smem, keys, p.key, p.head_dim, begin);
 
-  AttentionRow row[kRowTiles][2];
+  const int first_row = warp * kWarpRows + lane / 4;
+  AttentionRow rows[kRowTiles][2];
+  if (!kPlain) {
 #pragma unroll
-  for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int r = warp * kWarpRows + m * 16 + half * 8 + lane / 4;
-      row[m][half] = r < num_rows ? AttentionRow(p, head.sequence, b, head_of(r), query_of(r)) : AttentionRow();
-    }
+    for (int m = 0; m < kRowTiles; ++m)
+      rows[m][0] = row_of(at, first_row + m * 16), rows[m][1] = row_of(at, first_row + m * 16 + 8);
   }
+  // The fast path has no register to spare: it makes them, and the place, again where it needs them, which is seldom.
+  const auto place = [&] { return kPlain ? AttentionPlace(launch, opaque(blockIdx.x)) : at; };
+  const auto row = [&](int m, int half) {
+    return kPlain ? row_of(place(), first_row + m * 16 + half * 8) : rows[m][half];
+  };
 
   const AttentionScores score(p);
   const float scale_log2 = kPlain ? score.scale * kLog2E : kLog2E;
@@ -172,11 +192,11 @@ __global__ void __launch_bounds__(32 * tiles_of(kDim * sizeof(T), kPlain).warps,
     }
   };
 
-  for (int j = begin, stage = 0; j < end; j += BLOCK_KV, stage ^= 1) {
-    // The tile has come, and all warps are done with the one before, whose place the next one takes.
+  for (int j = begin; j < end; j += BLOCK_KV) {
+    // The keys have come, and all warps are done with the values before, whose place those of these keys take.
     wait_for_copies<0>();
     __syncthreads();
-    copy_tile(j + BLOCK_KV, stage ^ 1);
+    copy_tile(v_smem, values, p.value, p.value_dim, j);
     if (kQueryInRegisters && j == begin) {
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
@@ -187,23 +207,32 @@ __global__ void __launch_bounds__(32 * tiles_of(kDim * sizeof(T), kPlain).warps,
 
     // S = Q @ K^T  [kWarpRows, BLOCK_KV]
     float s[kRowTiles][kN][4] = {};
-#pragma unroll(kQueryInRegisters ? kDimSteps : 4)
-    for (int k = 0; k < kDimSteps; ++k) add_step_t(s, queries, k_smem(stage), 0, k);
+#pragma unroll 4
+    for (int k = 0; k < kDimSteps; ++k) add_step_t(s, queries, k_smem, 0, k);
+
+    // The values have come, and all warps are done with the keys.
+    wait_for_copies<0>();
+    __syncthreads();
+    copy_tile(k_smem, keys, p.key, p.head_dim, j + BLOCK_KV);
 
     // P = exp(S - row_max)
     if (!kPlain || j < whole_begin || j + BLOCK_KV > whole_end) {
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
-        for (int n = 0; n < kN; ++n) {
+        for (int half = 0; half < 2; ++half) {
+          const AttentionRow r = row(m, half);
 #pragma unroll
-          for (int c = 0; c < 4; ++c) {
-            const int key = j + 8 * n + lane % 4 * 2 + c % 2;
-            const AttentionRow& r = row[m][c / 2];
-            if constexpr (kPlain) {
-              if (key < r.key_begin || key >= r.key_end) s[m][n][c] = -INFINITY;
-            } else {
-              s[m][n][c] = score(r, key, s[m][n][c]);
+          for (int n = 0; n < kN; ++n) {
+#pragma unroll
+            for (int c = 2 * half; c < 2 * half + 2; ++c) {
+              const int key = j + 8 * n + lane % 4 * 2 + c % 2;
+              if (kPlain || launch.is_plain) {
+                if constexpr (!kPlain) s[m][n][c] *= score.scale;
+                if (key < r.key_begin || key >= r.key_end) s[m][n][c] = -INFINITY;
+              } else {
+                s[m][n][c] = score(r, key, s[m][n][c]);
+              }
             }
           }
         }
@@ -217,7 +246,7 @@ __global__ void __launch_bounds__(32 * tiles_of(kDim * sizeof(T), kPlain).warps,
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
           for (int n = 0; n < kN; n += 4) {
-            const DropoutWords words(p, b, row[m][half], j + 8 * n);
+            const DropoutWords words(p, at.b, row(m, half), j + 8 * n);
 #pragma unroll
             for (int i = n; i < (n + 4 < kN ? n + 4 : kN); ++i) {
 #pragma unroll
@@ -232,30 +261,33 @@ __global__ void __launch_bounds__(32 * tiles_of(kDim * sizeof(T), kPlain).warps,
     }
 
     // O += P @ V  [kWarpRows, kDim]
-    add_product(out, s, v_smem(stage), 0, 0);
+    add_product(out, s, v_smem, 0, 0);
   }
   wait_for_copies<0>();  // of the queries, if there were no keys: none may come after this
 
   // O / row_sum, or as it is for the splits to be combined.
+  const AttentionPlace out_at = place();
+  const AttentionHead<T> out_head(p, out_at.b, out_at.h);
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float sum = reduce_row(softmax.row_sum[m][half], [](float x, float y) { return x + y; });
       const float largest = softmax.row_max[m][half] * (kPlain ? score.scale : 1.f);
-      const int query = row[m][half].query, h = row[m][half].head;
+      const AttentionRow r = row(m, half);
+      const int query = r.query, h = r.head;
       if (query < 0) continue;
       if (launch.num_splits > 1) {
-        const int64_t i = ((split * p.batch + b) * p.heads + h) * p.max_q_len + query;
+        const int64_t i = ((out_at.split * p.batch + out_at.b) * p.heads + h) * p.max_q_len + query;
         if (lane % 4 == 0) launch.row_max[i] = largest, launch.row_sum[i] = sum;
         const RowOfPairs<float> to(launch.out + i * p.value_dim, 1, p.value_dim);
 #pragma unroll
         for (int d = 0; d < kD; ++d) to.put(8 * d + lane % 4 * 2, out[m][d][2 * half], out[m][d][2 * half + 1]);
         continue;
       }
-      if (lane % 4 == 0) head.stat(p.row_max, h, query) = largest, head.stat(p.row_sum, h, query) = sum;
+      if (lane % 4 == 0) out_head.stat(p.row_max, h, query) = largest, out_head.stat(p.row_sum, h, query) = sum;
       const float factor = sum == 0.f ? 0.f : static_cast<float>(p.keep_scale) / sum;
-      const RowOfPairs<T> to(head.query_row(p.out, h, query), p.out.col, p.value_dim);
+      const RowOfPairs<T> to(out_head.query_row(p.out, h, query), p.out.col, p.value_dim);
 #pragma unroll
       for (int d = 0; d < kD; ++d) {
         to.put(8 * d + lane % 4 * 2, out[m][d][2 * half] * factor, out[m][d][2 * half + 1] * factor);
@@ -303,7 +335,8 @@ template <class T, int kDim, bool kPlain>
 void launch_attention(const AttentionProblem& p, AttentionLaunch launch_options) {
   constexpr AttentionTiles kTiles = tiles_of(kDim * sizeof(T), kPlain);
   const int64_t rows = launch_options.heads_at_once * p.max_q_len;
-  const int warps = std::min<int64_t>(ceil_div<int64_t>(rows, 16 * kTiles.row_tiles), kTiles.warps);
+  const auto warps_needed = static_cast<int>(ceil_div<int64_t>(rows, 16 * kTiles.row_tiles));
+  const int warps = kPlain ? kTiles.warps : std::min(warps_needed, kTiles.warps);
   const int block_q = warps * 16 * kTiles.row_tiles;
   AttentionLaunch& l = launch_options;
   l.num_tiles = ceil_div<int64_t>(rows, block_q);
@@ -321,7 +354,7 @@ void launch_attention(const AttentionProblem& p, AttentionLaunch launch_options)
     l.out = l.row_sum + l.num_splits * num_rows;
   }
 
-  const size_t smem = (block_q + 2 * kStages * kTiles.block_kv) * kDim * sizeof(T);
+  const size_t smem = (block_q + 2 * kTiles.block_kv) * kDim * sizeof(T);
   launch(p.device_index, attention_kernel<T, kDim, kPlain>, grid_of(num_tiles * l.num_splits), 32 * warps, smem, p, l);
   if (l.num_splits > 1) {
     launch(p.device_index, combine_kernel<T>, grid_of(ceil_div<int64_t>(num_rows, kQueryWarps)), 32 * kQueryWarps, 0, p,
@@ -334,14 +367,14 @@ void attention_forward(const AttentionProblem& p) {
   if (p.batch * p.heads * p.max_q_len == 0) return;
   AttentionLaunch l{};
   // Few queries of heads that share their keys are rows of one tile.
-  l.heads_at_once = p.max_q_len <= 64 ? p.group() : 1;
+  l.heads_at_once = p.max_q_len <= kFewQueries ? p.group() : 1;
   l.num_head_groups = p.heads / l.heads_at_once;
   l.vectorized = is_vectorized(p, p.query, p.head_dim) && is_vectorized(p, p.key, p.head_dim) &&
                  is_vectorized(p, p.value, p.value_dim);
+  l.is_plain = is_plain(p);
   ATTENTION_SWITCH(p, T, kDim, [&] {
-    // With two tiles of rows, a warp has too many for few queries.
-    const bool has_rows = l.heads_at_once * p.max_q_len > 64 || tiles_of(kDim * sizeof(T), true).row_tiles == 1;
-    BOOL_SWITCH(is_plain(p) && has_rows, kPlain, [&] { launch_attention<T, kDim, kPlain>(p, l); });
+    BOOL_SWITCH(l.is_plain && l.vectorized && p.max_q_len > kFewQueries, kPlain,
+                [&] { launch_attention<T, kDim, kPlain>(p, l); });
   });
 }
 

@@ -51,4 +51,27 @@ __device__ void copy_rows(SharedTile<T, kCols> tile, int num_rows, const RowAt& 
   }
 }
 
+// The same of rows that are `row_stride` apart, of which `rows_left` are there, and the first in any case. What tells
+// one chunk from the next is known before: but for products, a loop over keys has few instructions to spare.
+template <int kRows, class T, int kCols>
+__device__ void copy_strided_rows(SharedTile<T, kCols> tile, const T* first, int64_t row_stride, int rows_left,
+                                  int cols, int64_t col_stride, bool vectorized, int num_threads = blockDim.x) {
+  using Tile = SharedTile<T, kCols>;
+  if (!vectorized || num_threads < Tile::kChunks) {
+    const auto row_at = [&](int r) { return r < rows_left ? first + r * row_stride : nullptr; };
+    return copy_rows(tile, kRows, row_at, cols, col_stride, vectorized, first);
+  }
+  const int chunk = threadIdx.x % Tile::kChunks, begin = threadIdx.x / Tile::kChunks;
+  const int rows_at_once = num_threads / Tile::kChunks;
+  if (chunk * Tile::kChunk >= cols) rows_left = 0;
+  const T* from = first + begin * row_stride + chunk * Tile::kChunk;
+  const int64_t step = opaque(rows_at_once * row_stride);  // of which no multiples are to be kept
+#pragma unroll
+  for (int n = 0; n * rows_at_once < kRows; ++n, from += step) {
+    const int r = n * rows_at_once + begin;
+    if (kRows % rows_at_once != 0 && r >= kRows) return;
+    copy_async(tile.chunk(r, chunk), r < rows_left ? from : first, r < rows_left);
+  }
+}
+
 }  // namespace bigkern
