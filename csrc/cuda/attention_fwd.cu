@@ -8,18 +8,28 @@ namespace bigkern {
 
 namespace {
 
-// By the bytes of a row of kDim elements. A warp has 16 row_tiles queries, which share what it loads of keys and
-// values; with features that need registers fewer. A block of 4 warps has 128 registers a lane for the output, at most,
-// and 96 kB of shared memory: what every card from sm_80 on has.
+// Of kDim features. A warp has 16 row_tiles queries, which share what it loads of keys and values; with features that
+// need registers fewer. feature_warps warps hold the same queries, and of the output a part of the features each, which
+// would be too much for one. A block of 4 warps has 128 registers a lane for the output, at most, and 96 kB of shared
+// memory: what every card from sm_80 on has.
 struct AttentionTiles {
-  int row_tiles, warps, block_kv;
+  int row_tiles, row_warps, feature_warps, block_kv;
+
+  constexpr int warps() const { return row_warps * feature_warps; }
 };
-constexpr AttentionTiles tiles_of(int row_bytes, bool is_plain) {
-  switch (row_bytes) {
-    case 128: return {is_plain ? 2 : 1, 4, 64};
-    case 256: return {is_plain ? 2 : 1, 4, 32};
-    case 512: return {1, 4, 32};
-    default: return {1, 2, 16};
+template <class T, int kDim>
+constexpr AttentionTiles tiles_of(bool is_plain) {
+  if (sizeof(T) == 2) {
+    switch (kDim) {
+      case 64: return {is_plain ? 2 : 1, 4, 1, 64};
+      case 128: return {is_plain ? 2 : 1, 4, 1, 32};
+      default: return {1, 4, 1, 32};
+    }
+  }
+  switch (kDim) {
+    case 64: return is_plain ? AttentionTiles{2, 4, 1, 16} : AttentionTiles{1, 4, 1, 32};
+    case 128: return {1, 4, 1, 16};
+    default: return {1, 2, 2, 16};
   }
 }
 
@@ -93,15 +103,18 @@ struct OnlineSoftmax {
 
 // kPlain: scores are scaled products of keys that causality and window select; scale is positive.
 template <class T, int kDim, bool kPlain>
-__global__ void __launch_bounds__(32 * tiles_of(kDim * sizeof(T), kPlain).warps, 2)
+__global__ void __launch_bounds__(32 * tiles_of<T, kDim>(kPlain).warps(), 2)
     attention_kernel(const __grid_constant__ AttentionProblem p, const __grid_constant__ AttentionLaunch launch) {
-  constexpr AttentionTiles kTiles = tiles_of(kDim * sizeof(T), kPlain);
+  constexpr AttentionTiles kTiles = tiles_of<T, kDim>(kPlain);
   constexpr int kRowTiles = kTiles.row_tiles, BLOCK_KV = kTiles.block_kv, kWarpRows = 16 * kRowTiles;
-  constexpr int kN = BLOCK_KV / 8, kD = kDim / 8, kDimSteps = kDim / kStep<T>;
+  constexpr int kFeatures = kDim / kTiles.feature_warps, kN = BLOCK_KV / 8, kD = kFeatures / 8;
+  constexpr int kDimSteps = kDim / kStep<T>;
   constexpr bool kQueryInRegisters = kRowTiles * kDimSteps <= 8;
   using Tile = SharedTile<T, kDim>;
-  const int num_warps = blockDim.x / 32, block_q = num_warps * kWarpRows;
+  const int block_q = blockDim.x / 32 / kTiles.feature_warps * kWarpRows;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int first_row = warp / kTiles.feature_warps * kWarpRows;  // of the warp, in the tile
+  const int first_feature = warp % kTiles.feature_warps * kFeatures;
 
   // From the last tile on, which has the most keys under a causal mask.
   int block = blockIdx.x;
@@ -153,7 +166,7 @@ __global__ void __launch_bounds__(32 * tiles_of(kDim * sizeof(T), kPlain).warps,
   for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int r = warp * kWarpRows + m * 16 + half * 8 + lane / 4;
+      const int r = first_row + m * 16 + half * 8 + lane / 4;
       row[m][half] = r < num_rows ? AttentionRow(p, head.sequence, b, head_of(r), query_of(r)) : AttentionRow();
     }
   }
@@ -163,7 +176,7 @@ __global__ void __launch_bounds__(32 * tiles_of(kDim * sizeof(T), kPlain).warps,
   OnlineSoftmax<kRowTiles> softmax;
   float out[kRowTiles][kD][4] = {};
   uint32_t q_reg[kRowTiles][kQueryInRegisters ? kDimSteps : 1][4];
-  const LeftRows<T, kDim> q_rows{q_smem, warp * kWarpRows};
+  const LeftRows<T, kDim> q_rows{q_smem, first_row};
   const auto queries = [&](int m, int k) {
     if constexpr (kQueryInRegisters) {
       return to_fragment<T>(q_reg[m][k]);
@@ -181,7 +194,7 @@ __global__ void __launch_bounds__(32 * tiles_of(kDim * sizeof(T), kPlain).warps,
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
-        for (int k = 0; k < kDimSteps; ++k) load_left(q_reg[m][k], q_smem, warp * kWarpRows + m * 16, k);
+        for (int k = 0; k < kDimSteps; ++k) load_left(q_reg[m][k], q_smem, first_row + m * 16, k);
       }
     }
 
@@ -231,8 +244,8 @@ __global__ void __launch_bounds__(32 * tiles_of(kDim * sizeof(T), kPlain).warps,
       }
     }
 
-    // O += P @ V  [kWarpRows, kDim]
-    add_product(out, s, v_smem(stage), 0, 0);
+    // O += P @ V  [kWarpRows, kFeatures]
+    add_product(out, s, v_smem(stage), 0, first_feature);
   }
   wait_for_copies<0>();  // of the queries, if there were no keys: none may come after this
 
@@ -243,22 +256,23 @@ __global__ void __launch_bounds__(32 * tiles_of(kDim * sizeof(T), kPlain).warps,
     for (int half = 0; half < 2; ++half) {
       const float sum = reduce_row(softmax.row_sum[m][half], [](float x, float y) { return x + y; });
       const float largest = softmax.row_max[m][half] * (kPlain ? score.scale : 1.f);
-      const int query = row[m][half].query, h = row[m][half].head;
+      const int query = row[m][half].query, h = row[m][half].head, first_col = first_feature + lane % 4 * 2;
       if (query < 0) continue;
       if (launch.num_splits > 1) {
         const int64_t i = ((split * p.batch + b) * p.heads + h) * p.max_q_len + query;
-        if (lane % 4 == 0) launch.row_max[i] = largest, launch.row_sum[i] = sum;
+        if (lane % 4 == 0 && first_feature == 0) launch.row_max[i] = largest, launch.row_sum[i] = sum;
         const RowOfPairs<float> to(launch.out + i * p.value_dim, 1, p.value_dim);
 #pragma unroll
-        for (int d = 0; d < kD; ++d) to.put(8 * d + lane % 4 * 2, out[m][d][2 * half], out[m][d][2 * half + 1]);
+        for (int d = 0; d < kD; ++d) to.put(first_col + 8 * d, out[m][d][2 * half], out[m][d][2 * half + 1]);
         continue;
       }
-      if (lane % 4 == 0) head.stat(p.row_max, h, query) = largest, head.stat(p.row_sum, h, query) = sum;
+      if (lane % 4 == 0 && first_feature == 0)
+        head.stat(p.row_max, h, query) = largest, head.stat(p.row_sum, h, query) = sum;
       const float factor = sum == 0.f ? 0.f : static_cast<float>(p.keep_scale) / sum;
       const RowOfPairs<T> to(head.query_row(p.out, h, query), p.out.col, p.value_dim);
 #pragma unroll
       for (int d = 0; d < kD; ++d) {
-        to.put(8 * d + lane % 4 * 2, out[m][d][2 * half] * factor, out[m][d][2 * half + 1] * factor);
+        to.put(first_col + 8 * d, out[m][d][2 * half] * factor, out[m][d][2 * half + 1] * factor);
       }
     }
   }
@@ -301,10 +315,10 @@ constexpr int64_t kLeastKeys = 256;     // of a split
 
 template <class T, int kDim, bool kPlain>
 void launch_attention(const AttentionProblem& p, AttentionLaunch launch_options) {
-  constexpr AttentionTiles kTiles = tiles_of(kDim * sizeof(T), kPlain);
+  constexpr AttentionTiles kTiles = tiles_of<T, kDim>(kPlain);
   const int64_t rows = launch_options.heads_at_once * p.max_q_len;
-  const int warps = std::min<int64_t>(ceil_div<int64_t>(rows, 16 * kTiles.row_tiles), kTiles.warps);
-  const int block_q = warps * 16 * kTiles.row_tiles;
+  const int row_warps = std::min<int64_t>(ceil_div<int64_t>(rows, 16 * kTiles.row_tiles), kTiles.row_warps);
+  const int block_q = row_warps * 16 * kTiles.row_tiles, warps = row_warps * kTiles.feature_warps;
   AttentionLaunch& l = launch_options;
   l.num_tiles = ceil_div<int64_t>(rows, block_q);
 
@@ -340,7 +354,7 @@ void attention_forward(const AttentionProblem& p) {
                  is_vectorized(p, p.value, p.value_dim);
   ATTENTION_SWITCH(p, T, kDim, [&] {
     // With two tiles of rows, a warp has too many for few queries.
-    const bool has_rows = l.heads_at_once * p.max_q_len > 64 || tiles_of(kDim * sizeof(T), true).row_tiles == 1;
+    const bool has_rows = l.heads_at_once * p.max_q_len > 64 || tiles_of<T, kDim>(true).row_tiles == 1;
     BOOL_SWITCH(is_plain(p) && has_rows, kPlain, [&] { launch_attention<T, kDim, kPlain>(p, l); });
   });
 }
