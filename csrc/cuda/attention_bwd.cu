@@ -84,8 +84,8 @@ void launch_backward(const AttentionProblem& p, const AttentionBackwardProblem& 
     return;
   }
   constexpr QueryTiles kQueryTiles = query_tiles(kDim * sizeof(T));
-  l.num_tiles = ceil_div<int64_t>(p.max_q_len, 16 * kQueryTiles.warps);
-  launch_blocks(p, attention_queries_kernel<T, kDim, kPlain>, l.num_tiles * p.batch * p.heads, 32 * kQueryTiles.warps,
+  l.num_tiles = ceil_div<int64_t>(p.max_q_len, kQueryTiles.block_q());
+  launch_blocks(p, attention_queries_kernel<T, kDim, kPlain>, l.num_tiles * p.batch * p.heads, 32 * kQueryTiles.warps(),
                 query_smem_bytes<T, kDim>(), g, l);
 }
 

@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(32 * MaskTiles::warps)
           commit_copies();
           wait_for_copies<0>();
           __syncthreads();
-#pragma unroll
+#pragma unroll 4
           for (int k = 0; k < kFeatures / kStep<T>; ++k) {
             add_step_t(products, LeftRows<T, kFeatures>{left_smem, warp * 16}, right_smem, 0, k);
           }

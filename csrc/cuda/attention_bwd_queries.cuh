@@ -5,24 +5,28 @@
 
 namespace bigkern {
 
-// By the bytes of a row of kDim elements. A warp has 16 queries. At most 96 kB of shared memory. A multiprocessor's
-// registers suffice for so many blocks.
+// By the bytes of a row of kDim elements. feature_warps warps hold the same 16 queries, and of dQ a part of the
+// features each, which would be too much for one. At most 96 kB of shared memory. A multiprocessor's registers suffice
+// for so many blocks.
 struct QueryTiles {
-  int warps, block_kv, stages, blocks;
+  int row_warps, feature_warps, block_kv, stages, blocks;
+
+  constexpr int warps() const { return row_warps * feature_warps; }
+  constexpr int block_q() const { return 16 * row_warps; }
 };
 constexpr QueryTiles query_tiles(int row_bytes) {
   switch (row_bytes) {
-    case 128: return {4, 32, 2, 4};
-    case 256: return {4, 32, 2, 2};
-    case 512: return {4, 16, 2, 2};
-    default: return {2, 16, 1, 2};
+    case 128: return {4, 1, 32, 2, 4};
+    case 256: return {4, 1, 32, 2, 2};
+    case 512: return {4, 1, 16, 2, 2};
+    default: return {2, 2, 16, 1, 2};
   }
 }
 
 template <class T, int kDim>
 constexpr size_t query_smem_bytes() {
   constexpr QueryTiles kTiles = query_tiles(kDim * sizeof(T));
-  return (2 * 16 * kTiles.warps + 2 * kTiles.stages * kTiles.block_kv) * kDim * sizeof(T);
+  return (2 * kTiles.block_q() + 2 * kTiles.stages * kTiles.block_kv) * kDim * sizeof(T);
 }
 
 // From products to gradients, for a warp's 16 queries.
@@ -68,14 +72,17 @@ struct QueryScores {
 };
 
 template <class T, int kDim, bool kPlain>
-__global__ void __launch_bounds__(32 * query_tiles(kDim * sizeof(T)).warps, query_tiles(kDim * sizeof(T)).blocks)
+__global__ void __launch_bounds__(32 * query_tiles(kDim * sizeof(T)).warps(), query_tiles(kDim * sizeof(T)).blocks)
     attention_queries_kernel(const __grid_constant__ AttentionProblem p,
                              const __grid_constant__ AttentionBackwardProblem g,
                              const __grid_constant__ BackwardLaunch launch) {
   constexpr QueryTiles kTiles = query_tiles(kDim * sizeof(T));
-  constexpr int BLOCK_Q = 16 * kTiles.warps, BLOCK_KV = kTiles.block_kv, kN = BLOCK_KV / 8, kD = kDim / 8;
+  constexpr int BLOCK_Q = kTiles.block_q(), BLOCK_KV = kTiles.block_kv, kN = BLOCK_KV / 8;
+  constexpr int kFeatures = kDim / kTiles.feature_warps, kD = kFeatures / 8;
   using Tile = SharedTile<T, kDim>;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int first_row = warp / kTiles.feature_warps * 16;  // of the warp, in the tile
+  const int first_feature = warp % kTiles.feature_warps * kFeatures;
 
   // From the last tile on, which has the most keys under a causal mask.
   const int block = blockIdx.x, i = (launch.num_tiles - 1 - block % launch.num_tiles) * BLOCK_Q;
@@ -103,7 +110,7 @@ __global__ void __launch_bounds__(32 * query_tiles(kDim * sizeof(T)).warps, quer
   copy_rows_of(grad_out_smem, g.grad_out, p.value_dim);
   copy_tile(begin, 0);
 
-  const QueryScores<kPlain, false, T> differentiate(head, g.delta, i + warp * 16);
+  const QueryScores<kPlain, false, T> differentiate(head, g.delta, i + first_row);
   const float scale = static_cast<float>(p.scale);
   float grad_q[1][kD][4] = {};
   for (int j = begin, stage = 0; j < end; j += BLOCK_KV) {
@@ -115,12 +122,12 @@ __global__ void __launch_bounds__(32 * query_tiles(kDim * sizeof(T)).warps, quer
 
     // S = Q @ K^T,  dP = dO @ V^T  [16, BLOCK_KV]
     float s[1][kN][4] = {}, ds[1][kN][4] = {};
-    add_scores(s, LeftRows<T, kDim>{q_smem, warp * 16}, k_smem(stage), ds, LeftRows<T, kDim>{grad_out_smem, warp * 16},
+    add_scores(s, LeftRows<T, kDim>{q_smem, first_row}, k_smem(stage), ds, LeftRows<T, kDim>{grad_out_smem, first_row},
                v_smem(stage), 0);
     differentiate(s, ds, j);
 
-    // dQ += dS @ K  [16, kDim]
-    add_product(grad_q, ds, k_smem(stage), 0, 0);
+    // dQ += dS @ K  [16, kFeatures]
+    add_product(grad_q, ds, k_smem(stage), 0, first_feature);
 
     if (kTiles.stages == 2) {
       stage ^= 1;
@@ -133,13 +140,13 @@ __global__ void __launch_bounds__(32 * query_tiles(kDim * sizeof(T)).warps, quer
 
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int r = warp * 16 + half * 8 + lane / 4;
+    const int r = first_row + half * 8 + lane / 4;
     if (r >= num_rows) continue;
     const RowOfPairs<T> to(head.query_row(g.grad_query, head.h, i + r), g.grad_query.col, p.head_dim);
 #pragma unroll
     for (int d = 0; d < kD; ++d) {
       const float* q = grad_q[0][d] + 2 * half;
-      to.put(8 * d + lane % 4 * 2, q[0] * scale, q[1] * scale);
+      to.put(first_feature + 8 * d + lane % 4 * 2, q[0] * scale, q[1] * scale);
     }
   }
 }

@@ -21,11 +21,12 @@ struct BackwardLaunch {
   int query_tiles_of_entry, query_tile_size, block_q, query_rows, query_cols;
 };
 
-// S and dP, or their transposes, of all columns. Side by side: a sum waits some 33 cycles for the one before.
+// S and dP, or their transposes, of all columns. Side by side: a sum waits some 33 cycles for the one before. Unrolled
+// further, the loads ahead would spill registers.
 template <class T, int kCols, int kM, int kN, class Left, class OtherLeft>
 __device__ void add_scores(float (&s)[kM][kN][4], const Left& left, SharedTile<T, kCols> right, float (&dp)[kM][kN][4],
                            const OtherLeft& other_left, SharedTile<T, kCols> other_right, int row) {
-#pragma unroll 8
+#pragma unroll(kStep<T> / 2)
   for (int k = 0; k < kCols / kStep<T>; ++k) {
     add_step_t(s, left, right, row, k);
     add_step_t(dp, other_left, other_right, row, k);

@@ -8,18 +8,28 @@ namespace bigkern {
 
 namespace {
 
-// By the bytes of a row of kDim elements. A warp has 16 row_tiles queries, which share what it loads of keys and
-// values. A lane has 192 registers for scores and output, at most, and a block 72 kB of shared memory: two blocks fit a
-// multiprocessor of every card from sm_80 on with 164 kB.
+// Of kDim features. A warp has 16 row_tiles queries, which share what it loads of keys and values; with features that
+// need registers fewer. feature_warps warps hold the same queries, and of the output a part of the features each, which
+// would be too much for one. A lane has 192 registers for scores and output, at most, and a block 64 kB of shared
+// memory: two blocks fit each multiprocessor of every card that has 164 kB.
 struct AttentionTiles {
-  int row_tiles, warps, block_kv;
+  int row_tiles, row_warps, feature_warps, block_kv;
+
+  constexpr int warps() const { return row_warps * feature_warps; }
 };
-constexpr AttentionTiles tiles_of(int row_bytes, bool is_plain) {
-  switch (row_bytes) {
-    case 128: return {is_plain ? 2 : 1, 4, is_plain ? 128 : 64};
-    case 256: return {is_plain ? 2 : 1, 4, is_plain ? 64 : 32};
-    case 512: return {1, 4, 32};
-    default: return {1, 2, 16};
+template <class T, int kDim>
+constexpr AttentionTiles tiles_of(bool is_plain) {
+  if (sizeof(T) == 2) {
+    switch (kDim) {
+      case 64: return is_plain ? AttentionTiles{2, 4, 1, 128} : AttentionTiles{1, 4, 1, 64};
+      case 128: return is_plain ? AttentionTiles{2, 4, 1, 48} : AttentionTiles{1, 4, 1, 32};
+      default: return {1, 4, 1, 32};
+    }
+  }
+  switch (kDim) {
+    case 64: return {1, 4, 1, 32};
+    case 128: return {1, 4, 1, 16};
+    default: return {1, 2, 2, 16};
   }
 }
 
@@ -30,6 +40,7 @@ struct AttentionLaunch {
   int num_tiles, num_head_groups, heads_at_once;
   bool vectorized;  // query, key and value, as copy_rows says
   bool is_plain;
+  float scale;  // of products, if plain, in base 2
   // Where the keys are split: what each part leaves, over (split, row) with rows [batch, heads, max_q_len].
   int num_splits;
   float *out, *row_max, *row_sum;  // [num_splits, rows, value_dim], [num_splits, rows]
@@ -77,9 +88,9 @@ struct OnlineSoftmax {
           largest = fmaxf(largest, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
         }
         largest = reduce_row(largest, [](float a, float b) { return fmaxf(a, b); });
+        changes |= row_max[m][half] != largest;
         const float shift = largest == -INFINITY ? 0.f : largest;  // no key yet
         correction[m][half] = exp2_approx((row_max[m][half] - shift) * scale);
-        changes |= row_max[m][half] != largest;
         row_max[m][half] = largest;
         float sum = 0.f;
 #pragma unroll
@@ -109,15 +120,19 @@ struct OnlineSoftmax {
 // kPlain, the fast path: scores are scaled products of keys that causality and window select, scale is positive, there
 // are more than kFewQueries, and tensors are vectorized.
 template <class T, int kDim, bool kPlain>
-__global__ void __launch_bounds__(32 * tiles_of(kDim * sizeof(T), kPlain).warps, 2)
+__global__ void __launch_bounds__(32 * tiles_of<T, kDim>(kPlain).warps(), 2)
     attention_kernel(const __grid_constant__ AttentionProblem p, const __grid_constant__ AttentionLaunch launch) {
-  constexpr AttentionTiles kTiles = tiles_of(kDim * sizeof(T), kPlain);
+  constexpr AttentionTiles kTiles = tiles_of<T, kDim>(kPlain);
   constexpr int kRowTiles = kTiles.row_tiles, BLOCK_KV = kTiles.block_kv, kWarpRows = 16 * kRowTiles;
-  constexpr int kN = BLOCK_KV / 8, kD = kDim / 8, kDimSteps = kDim / kStep<T>;
+  constexpr int kFeatures = kDim / kTiles.feature_warps, kN = BLOCK_KV / 8, kD = kFeatures / 8;
+  constexpr int kDimSteps = kDim / kStep<T>;
   constexpr bool kQueryInRegisters = kRowTiles == 1 && kDimSteps <= 8;
   using Tile = SharedTile<T, kDim>;
-  const int num_threads = kPlain ? 32 * kTiles.warps : blockDim.x, block_q = num_threads / 32 * kWarpRows;
+  const int num_threads = kPlain ? 32 * kTiles.warps() : blockDim.x;
+  const int block_q = num_threads / 32 / kTiles.feature_warps * kWarpRows;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int first_row = warp / kTiles.feature_warps * kWarpRows;  // of the warp, in the tile
+  const int first_feature = warp % kTiles.feature_warps * kFeatures;
 
   // Row r of the block is query r % q_len of head r / q_len of those that are computed at once.
   const AttentionPlace at(launch, blockIdx.x);
@@ -165,25 +180,24 @@ __global__ void __launch_bounds__(32 * tiles_of(kDim * sizeof(T), kPlain).warps,
   };
   copy_tile(k_smem, keys, p.key, p.head_dim, begin);
 
-  const int first_row = warp * kWarpRows + lane / 4;
   AttentionRow rows[kRowTiles][2];
   if (!kPlain) {
 #pragma unroll
-    for (int m = 0; m < kRowTiles; ++m)
-      rows[m][0] = row_of(at, first_row + m * 16), rows[m][1] = row_of(at, first_row + m * 16 + 8);
+    for (int m = 0; m < kRowTiles; ++m) {
+      for (int half = 0; half < 2; ++half) rows[m][half] = row_of(at, first_row + m * 16 + half * 8 + lane / 4);
+    }
   }
   // The fast path has no register to spare: it makes them, and the place, again where it needs them, which is seldom.
-  const auto place = [&] { return kPlain ? AttentionPlace(launch, opaque(blockIdx.x)) : at; };
+  const auto place = [&] { return kPlain ? AttentionPlace(launch, opaque(static_cast<int>(blockIdx.x))) : at; };
   const auto row = [&](int m, int half) {
-    return kPlain ? row_of(place(), first_row + m * 16 + half * 8) : rows[m][half];
+    return kPlain ? row_of(place(), first_row + m * 16 + half * 8 + lane / 4) : rows[m][half];
   };
 
   const AttentionScores score(p);
-  const float scale_log2 = kPlain ? score.scale * kLog2E : kLog2E;
   OnlineSoftmax<kRowTiles> softmax;
   float out[kRowTiles][kD][4] = {};
   uint32_t q_reg[kRowTiles][kQueryInRegisters ? kDimSteps : 1][4];
-  const LeftRows<T, kDim> q_rows{q_smem, warp * kWarpRows};
+  const LeftRows<T, kDim> q_rows{q_smem, first_row};
   const auto queries = [&](int m, int k) {
     if constexpr (kQueryInRegisters) {
       return to_fragment<T>(q_reg[m][k]);
@@ -201,13 +215,13 @@ __global__ void __launch_bounds__(32 * tiles_of(kDim * sizeof(T), kPlain).warps,
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
-        for (int k = 0; k < kDimSteps; ++k) load_left(q_reg[m][k], q_smem, warp * kWarpRows + m * 16, k);
+        for (int k = 0; k < kDimSteps; ++k) load_left(q_reg[m][k], q_smem, first_row + m * 16, k);
       }
     }
 
     // S = Q @ K^T  [kWarpRows, BLOCK_KV]
     float s[kRowTiles][kN][4] = {};
-#pragma unroll 4
+#pragma unroll(kQueryInRegisters ? kDimSteps : 4)
     for (int k = 0; k < kDimSteps; ++k) add_step_t(s, queries, k_smem, 0, k);
 
     // The values have come, and all warps are done with the keys.
@@ -238,7 +252,7 @@ __global__ void __launch_bounds__(32 * tiles_of(kDim * sizeof(T), kPlain).warps,
         }
       }
     }
-    softmax.template step<kPlain>(s, out, scale_log2);
+    softmax.template step<kPlain>(s, out, kPlain ? launch.scale : kLog2E);
     if (!kPlain && p.dropout_threshold > 0) {
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
@@ -260,8 +274,8 @@ __global__ void __launch_bounds__(32 * tiles_of(kDim * sizeof(T), kPlain).warps,
       }
     }
 
-    // O += P @ V  [kWarpRows, kDim]
-    add_product(out, s, v_smem, 0, 0);
+    // O += P @ V  [kWarpRows, kFeatures]
+    add_product(out, s, v_smem, 0, first_feature);
   }
   wait_for_copies<0>();  // of the queries, if there were no keys: none may come after this
 
@@ -273,24 +287,26 @@ __global__ void __launch_bounds__(32 * tiles_of(kDim * sizeof(T), kPlain).warps,
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float sum = reduce_row(softmax.row_sum[m][half], [](float x, float y) { return x + y; });
-      const float largest = softmax.row_max[m][half] * (kPlain ? score.scale : 1.f);
+      const float largest = softmax.row_max[m][half] * (kPlain ? static_cast<float>(p.scale) : 1.f);
       const AttentionRow r = row(m, half);
-      const int query = r.query, h = r.head;
+      const int query = r.query, h = r.head, first_col = first_feature + lane % 4 * 2;
       if (query < 0) continue;
       if (launch.num_splits > 1) {
         const int64_t i = ((out_at.split * p.batch + out_at.b) * p.heads + h) * p.max_q_len + query;
-        if (lane % 4 == 0) launch.row_max[i] = largest, launch.row_sum[i] = sum;
+        if (lane % 4 == 0 && first_feature == 0) launch.row_max[i] = largest, launch.row_sum[i] = sum;
         const RowOfPairs<float> to(launch.out + i * p.value_dim, 1, p.value_dim);
 #pragma unroll
-        for (int d = 0; d < kD; ++d) to.put(8 * d + lane % 4 * 2, out[m][d][2 * half], out[m][d][2 * half + 1]);
+        for (int d = 0; d < kD; ++d) to.put(first_col + 8 * d, out[m][d][2 * half], out[m][d][2 * half + 1]);
         continue;
       }
-      if (lane % 4 == 0) out_head.stat(p.row_max, h, query) = largest, out_head.stat(p.row_sum, h, query) = sum;
+      if (lane % 4 == 0 && first_feature == 0) {
+        out_head.stat(p.row_max, h, query) = largest, out_head.stat(p.row_sum, h, query) = sum;
+      }
       const float factor = sum == 0.f ? 0.f : static_cast<float>(p.keep_scale) / sum;
       const RowOfPairs<T> to(out_head.query_row(p.out, h, query), p.out.col, p.value_dim);
 #pragma unroll
       for (int d = 0; d < kD; ++d) {
-        to.put(8 * d + lane % 4 * 2, out[m][d][2 * half] * factor, out[m][d][2 * half + 1] * factor);
+        to.put(first_col + 8 * d, out[m][d][2 * half] * factor, out[m][d][2 * half + 1] * factor);
       }
     }
   }
@@ -333,11 +349,11 @@ constexpr int64_t kLeastKeys = 256;     // of a split
 
 template <class T, int kDim, bool kPlain>
 void launch_attention(const AttentionProblem& p, AttentionLaunch launch_options) {
-  constexpr AttentionTiles kTiles = tiles_of(kDim * sizeof(T), kPlain);
+  constexpr AttentionTiles kTiles = tiles_of<T, kDim>(kPlain);
   const int64_t rows = launch_options.heads_at_once * p.max_q_len;
   const auto warps_needed = static_cast<int>(ceil_div<int64_t>(rows, 16 * kTiles.row_tiles));
-  const int warps = kPlain ? kTiles.warps : std::min(warps_needed, kTiles.warps);
-  const int block_q = warps * 16 * kTiles.row_tiles;
+  const int row_warps = kPlain ? kTiles.row_warps : std::min(warps_needed, kTiles.row_warps);
+  const int block_q = row_warps * 16 * kTiles.row_tiles, warps = row_warps * kTiles.feature_warps;
   AttentionLaunch& l = launch_options;
   l.num_tiles = ceil_div<int64_t>(rows, block_q);
 
@@ -372,6 +388,7 @@ void attention_forward(const AttentionProblem& p) {
   l.vectorized = is_vectorized(p, p.query, p.head_dim) && is_vectorized(p, p.key, p.head_dim) &&
                  is_vectorized(p, p.value, p.value_dim);
   l.is_plain = is_plain(p);
+  l.scale = static_cast<float>(p.scale) * kLog2E;
   ATTENTION_SWITCH(p, T, kDim, [&] {
     BOOL_SWITCH(l.is_plain && l.vectorized && p.max_q_len > kFewQueries, kPlain,
                 [&] { launch_attention<T, kDim, kPlain>(p, l); });

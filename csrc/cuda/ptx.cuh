@@ -86,13 +86,8 @@ __device__ void multiply_add(Sum (&d)[4], const uint32_t (&a)[4], uint32_t b0, u
 // ---- Arithmetic ----
 
 // x, of which the compiler knows nothing more: what is made of it isn't made ahead of a loop, to stay in registers.
-template <class Int>
-__device__ Int opaque(Int x) {
-  if constexpr (sizeof(Int) == 4) {
-    asm volatile("" : "+r"(x));
-  } else {
-    asm volatile("" : "+l"(x));
-  }
+__device__ inline int opaque(int x) {
+  asm volatile("" : "+r"(x));
   return x;
 }
 

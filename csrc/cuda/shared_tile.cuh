@@ -65,7 +65,7 @@ __device__ void copy_strided_rows(SharedTile<T, kCols> tile, const T* first, int
   const int rows_at_once = num_threads / Tile::kChunks;
   if (chunk * Tile::kChunk >= cols) rows_left = 0;
   const T* from = first + begin * row_stride + chunk * Tile::kChunk;
-  const int64_t step = opaque(rows_at_once * row_stride);  // of which no multiples are to be kept
+  const int64_t step = rows_at_once * row_stride;
 #pragma unroll
   for (int n = 0; n * rows_at_once < kRows; ++n, from += step) {
     const int r = n * rows_at_once + begin;
