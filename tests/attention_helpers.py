@@ -298,9 +298,17 @@ def check(actual, expected, baseline, factor=2.0):
         assert_as_accurate(actual, expected, baseline, factor)
 
 
-def check_all(actual, expected, baselines):
+def grad_factor(case):
+    """3, but for float32 by tensor cores 4: its dO V^T is cut off, not rounded, and rowsum(dO * O),
+    taken from it, is rounded. Plain PyTorch keeps the softmax itself, and needs no such difference.
+    """
+    is_on_cpu = case.device == "cpu" and backends.select("attention", "cpu") is torch.ops.bigkern
+    return 4.0 if case.dtype == torch.float32 and not is_on_cpu else 3.0
+
+
+def check_all(actual, expected, baselines, grad_factor=3.0):
     """`check` of outputs and gradients against the worst of the baselines."""
-    for factor, *results in zip((2.0, 3.0), actual, expected, *baselines, strict=True):
+    for factor, *results in zip((2.0, grad_factor), actual, expected, *baselines, strict=True):
         for a, e, *plain in zip(*results, strict=True):
             check(a, e, max(plain, key=lambda x, e=e: max_error(x, e)), factor)
 
@@ -320,4 +328,5 @@ def check_function(run, case):
         with_gradients(run, case, case.inputs(), case.tensors()),
         with_gradients(run_reference, case, *in_dtype(case, torch.float64)),
         baselines(plain_with_gradients, case),
+        grad_factor(case),
     )

@@ -20,6 +20,7 @@ from attention_helpers import (
     check_drawn,
     check_function,
     draw,
+    grad_factor,
     in_dtype,
     lse_of,
     plain_with_gradients,
@@ -138,6 +139,7 @@ def test_raw_ops(device):
             (outs, grads),
             _raw_ops(reference, case, *in_dtype(case, torch.float64)),
             baselines(partial(_raw_ops, reference), case),
+            grad_factor(case),
         )
         query, key, value = case.inputs()
         for actual, like in zip((outs[0], *grads), (query, query, key, value), strict=False):

@@ -168,7 +168,8 @@ __global__ void __launch_bounds__(32 * key_tiles<T, kDim, kPlain>().warps(), 8 /
 
   const auto copy_tile = [&](Tile tile, const AnyStrided& tensor, int cols, QueryTile t) {
     if (t.h >= h_end) return;
-    copy_queries<BLOCK_Q>(tile, head, t.h, tensor, cols, t.i, launch.vectorized, kThreads);
+    copy_strided_rows<BLOCK_Q>(tile, head.query_row(tensor, t.h, t.i), tensor.row, sequence.q_len - t.i, cols,
+                               tensor.col, launch.vectorized, kThreads);
   };
   const auto load_stats = [&](QueryTile t) {
     if (t.h >= h_end || threadIdx.x >= BLOCK_Q) return QueryStats();
@@ -176,8 +177,8 @@ __global__ void __launch_bounds__(32 * key_tiles<T, kDim, kPlain>().warps(), 8 /
   };
   static_assert(kThreads >= BLOCK_Q);
 
-  copy_keys<BLOCK_KV>(k_smem, head, p.key, p.head_dim, j, launch.vectorized);
-  copy_keys<BLOCK_KV>(v_smem, head, p.value, p.value_dim, j, launch.vectorized);
+  copy_keys(k_smem, BLOCK_KV, head, p.key, p.head_dim, j, launch.vectorized);
+  copy_keys(v_smem, BLOCK_KV, head, p.value, p.value_dim, j, launch.vectorized);
   uint32_t v_reg[kM][kTiles.value_in_registers ? kDimSteps : 1][4];
   if constexpr (kTiles.value_in_registers) {
     commit_copies();

@@ -85,9 +85,10 @@ __global__ void __launch_bounds__(32 * MaskTiles::warps)
                                     int cols, int j) {
         for (int col = 0; col < cols; col += kFeatures) {
           const AnyStrided rows = columns_from<T>(left, col);
+          const auto row_at = [&](int r) { return r < num_rows ? head.query_row(rows, h, i + r) : nullptr; };
           __syncthreads();  // all warps are done with the tiles before
-          copy_queries<BLOCK_Q>(left_smem, head, h, rows, cols - col, i, launch.vectorized);
-          copy_keys<BLOCK_KV>(right_smem, head, columns_from<T>(right, col), cols - col, j, launch.vectorized);
+          copy_rows(left_smem, BLOCK_Q, row_at, cols - col, left.col, launch.vectorized, row_at(0));
+          copy_keys(right_smem, BLOCK_KV, head, columns_from<T>(right, col), cols - col, j, launch.vectorized);
           commit_copies();
           wait_for_copies<0>();
           __syncthreads();

@@ -97,12 +97,13 @@ __global__ void __launch_bounds__(32 * query_tiles(kDim * sizeof(T)).warps(), qu
   const auto k_smem = [&](int stage) { return Tile{grad_out_smem.data + (BLOCK_Q + stage * BLOCK_KV) * kDim}; };
   const auto v_smem = [&](int stage) { return k_smem(kTiles.stages + stage); };  // [BLOCK_KV, kDim] each
   const auto copy_rows_of = [&](Tile tile, const AnyStrided& tensor, int cols) {
-    copy_queries<BLOCK_Q>(tile, head, head.h, tensor, cols, i, launch.vectorized);
+    const auto row_at = [&](int r) { return r < num_rows ? head.query_row(tensor, head.h, i + r) : nullptr; };
+    copy_rows(tile, BLOCK_Q, row_at, cols, tensor.col, launch.vectorized, static_cast<const T*>(p.query.data));
   };
   const auto copy_tile = [&](int j, int stage) {
     if (j < end) {
-      copy_keys<BLOCK_KV>(k_smem(stage), head, p.key, p.head_dim, j, launch.vectorized, 32 * kTiles.warps);
-      copy_keys<BLOCK_KV>(v_smem(stage), head, p.value, p.value_dim, j, launch.vectorized, 32 * kTiles.warps);
+      copy_keys(k_smem(stage), BLOCK_KV, head, p.key, p.head_dim, j, launch.vectorized);
+      copy_keys(v_smem(stage), BLOCK_KV, head, p.value, p.value_dim, j, launch.vectorized);
     }
     commit_copies();
   };

@@ -81,21 +81,24 @@ struct RowOfPairs {
   }
 };
 
-// Queries [i, i + kRows) of the head, zeros from the sequence's end on.
-template <int kRows, class T, int kCols>
-__device__ void copy_queries(SharedTile<T, kCols> tile, const AttentionHead<T>& head, int64_t h,
-                             const AnyStrided& tensor, int64_t cols, int i, bool vectorized,
-                             int num_threads = blockDim.x) {
-  copy_strided_rows<kRows>(tile, head.query_row(tensor, h, i), tensor.row, head.sequence.q_len - i, cols, tensor.col,
-                           vectorized, num_threads);
+// Queries [i, i + num_rows) of the head, zeros from the sequence's end on.
+template <class T, int kCols>
+__device__ void copy_queries(SharedTile<T, kCols> tile, int num_rows, const AttentionHead<T>& head,
+                             const AnyStrided& tensor, int64_t cols, int i, bool vectorized) {
+  const T* const first = head.query_row(tensor, head.h, 0);
+  const int num_queries = head.sequence.q_len - i;
+  const auto row_at = [&](int r) { return r < num_queries ? first + (i + r) * tensor.row : nullptr; };
+  copy_rows(tile, num_rows, row_at, cols, tensor.col, vectorized, first);
 }
 
-// Keys [j, j + kRows), zeros from the sequence's end on.
-template <int kRows, class T, int kCols>
-__device__ void copy_keys(SharedTile<T, kCols> tile, const AttentionHead<T>& head, const AnyStrided& tensor,
-                          int64_t cols, int j, bool vectorized, int num_threads = blockDim.x) {
-  copy_strided_rows<kRows>(tile, head.key_row(tensor, j), tensor.row, head.sequence.k_len - j, cols, tensor.col,
-                           vectorized, num_threads);
+// Keys [j, j + num_rows), zeros from the sequence's end on.
+template <class T, int kCols>
+__device__ void copy_keys(SharedTile<T, kCols> tile, int num_rows, const AttentionHead<T>& head,
+                          const AnyStrided& tensor, int64_t cols, int j, bool vectorized) {
+  const T* const first = head.key_row(tensor, 0);
+  const int num_keys = head.sequence.k_len - j;
+  const auto row_at = [&](int r) { return r < num_keys ? first + (j + r) * tensor.row : nullptr; };
+  copy_rows(tile, num_rows, row_at, cols, tensor.col, vectorized, first);
 }
 
 // One query of a lane: which it is, and what its scores get besides their products.

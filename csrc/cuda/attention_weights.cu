@@ -34,8 +34,8 @@ __global__ void __launch_bounds__(32 * kWarps)
   for (int h = h_begin; h < h_begin + heads_at_once; ++h) {
     const AttentionHead<T> head(p, b, h);
     if (i >= head.sequence.q_len || j >= head.sequence.k_len) return;  // zeros are there
-    copy_queries<BLOCK_Q>(q_smem, head, h, p.query, p.head_dim, i, vectorized);
-    copy_keys<BLOCK_KV>(k_smem, head, p.key, p.head_dim, j, vectorized);
+    copy_queries(q_smem, BLOCK_Q, head, p.query, p.head_dim, i, vectorized);
+    copy_keys(k_smem, BLOCK_KV, head, p.key, p.head_dim, j, vectorized);
     commit_copies();
     wait_for_copies<0>();
     __syncthreads();
