@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bigkern.kernels import tuning
 from bigkern.kernels.attention_call import (
     Call,
     block_of,
@@ -27,7 +28,7 @@ from bigkern.kernels.attention_tile import (
     masked,
     meet,
     plain,
-    product,
+    products_by_steps,
     queries_at,
     rows_on,
     sequence_of,
@@ -53,8 +54,9 @@ class Parts(NamedTuple):
 
 @triton.jit
 def attention_kernel(
-    p, parts, IS_PLAIN: tl.constexpr, VECTORIZED: tl.constexpr, WHOLE: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
+    p, parts, HAS_SPLITS: tl.constexpr, IS_PLAIN: tl.constexpr, VECTORIZED: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
     """IS_PLAIN: scores are scaled products of keys that causality and window select; the scale is
     positive. VECTORIZED: rows are whole vectors of 16 bytes. WHOLE: a tile has no columns more."""
@@ -76,7 +78,7 @@ def attention_kernel(
     row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     is_row = row < heads_at_once * s.q_len
     h, i = first_head + row // s.q_len, row % s.q_len
-    queries = as_column(queries_at(p, s, b, h, i, is_row))
+    queries = queries_at(p, s, h, i, is_row)
 
     # The keys that some row meets, those that every row meets; this split's of them.
     last_row = tl.minimum((tile + 1) * BLOCK_Q, heads_at_once * s.q_len) - 1
@@ -106,7 +108,7 @@ def attention_kernel(
     out = tl.zeros([BLOCK_Q, BLOCK_EV], tl.float32)
     for j in range(whole_begin, whole_end, BLOCK_KV):
         out, row_max, row_sum = attend(
-            out, row_max, row_sum, q, k_at, v_at, p, s, queries, j, is_e, is_ev,
+            out, row_max, row_sum, q, k_at, v_at, p, s, queries, is_row, kv_head, j, is_e, is_ev,
             False, IS_PLAIN, VECTORIZED, WHOLE,
         )  # fmt: skip
     # The tiles at the edges: those before, then those after.
@@ -115,13 +117,13 @@ def attention_kernel(
     for t in range(0, num_before + num_after):
         j = tl.where(t < num_before, begin + t * BLOCK_KV, whole_end + (t - num_before) * BLOCK_KV)
         out, row_max, row_sum = attend(
-            out, row_max, row_sum, q, k_at, v_at, p, s, queries, j, is_e, is_ev,
+            out, row_max, row_sum, q, k_at, v_at, p, s, queries, is_row, kv_head, j, is_e, is_ev,
             True, IS_PLAIN, VECTORIZED, WHOLE,
         )  # fmt: skip
 
     if IS_PLAIN:
         row_max *= p.scale
-    if num_splits > 1:
+    if HAS_SPLITS:
         max_q_len = plain(parts.max_q_len)
         at = ((split * plain(parts.batch) + b) * plain(p.heads) + h).to(tl.int64) * max_q_len + i
         tl.store(parts.row_max + at, row_max, mask=is_row)
@@ -139,7 +141,7 @@ def attention_kernel(
 
 @triton.jit
 def attend(
-    out, row_max, row_sum, q, k_at, v_at, p, s, queries, j, is_e, is_ev,
+    out, row_max, row_sum, q, k_at, v_at, p, s, queries, is_row, kv_head, j, is_e, is_ev,
     IS_EDGE: tl.constexpr, IS_PLAIN: tl.constexpr, VECTORIZED: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Softmax over tiles of keys, from j on: Milakov and Gimelshein 2018, algorithm 3."""
@@ -148,8 +150,16 @@ def attend(
     is_key = j + tl.arange(0, BLOCK_KV) < s.k_len
 
     # S = Q @ K^T  [BLOCK_Q, BLOCK_KV]
-    k = load_tile(k_at + rows_on(p.key, j, VECTORIZED), is_key, is_e, not IS_EDGE, WHOLE)
-    scores = product(q, tl.trans(k))
+    if q.dtype == tl.float32:
+        scores = products_by_steps(
+            p.query, queries.head, s.q_begin + queries.index, is_row,
+            p.key, kv_head, s.k_begin + j + tl.arange(0, BLOCK_KV), is_key,
+            s.b, p.head_dim, VECTORIZED,
+        )  # fmt: skip
+    else:
+        k = load_tile(k_at + rows_on(p.key, j, VECTORIZED), is_key, is_e, not IS_EDGE, WHOLE)
+        scores = tl.dot(q, tl.trans(k))
+    queries = as_column(queries)
     keys = (j + tl.arange(0, BLOCK_KV))[None, :]
     if not IS_PLAIN:
         scores = masked(p, queries, keys, capped(p, scores)[0])
@@ -172,7 +182,7 @@ def attend(
     row_sum = row_sum * correction + tl.sum(weights, 1)
     if not IS_PLAIN:
         if plain(p.dropout.threshold) > 0:
-            weights = tl.where(keeps(p, queries, j, BLOCK_Q, BLOCK_KV), weights, 0.0)
+            weights = tl.where(keeps(p, s, queries, j, BLOCK_Q, BLOCK_KV), weights, 0.0)
 
     # O += P @ V  [BLOCK_Q, BLOCK_EV]
     v = load_tile(v_at + rows_on(p.value, j, VECTORIZED), is_key, is_ev, not IS_EDGE, WHOLE)
@@ -242,7 +252,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *tensors, **options):
     # Few queries of heads that share their keys are rows of one tile.
     heads_at_once = call.group if call.max_q_len <= 64 else 1
     rows = heads_at_once * call.max_q_len
-    tile = {"BLOCK_Q": 64, "BLOCK_KV": 64, "num_warps": 4, "num_stages": 2}
+    tile = tuning.lookup(
+        "attention" if call.is_plain else "attention_extras", query.dtype, E=max(block_of(query.size(-1)), block_of(value.size(-1))), L=rows
+    )
     num_tiles = triton.cdiv(rows, tile["BLOCK_Q"])
     num_blocks = num_tiles * call.heads // heads_at_once * call.batch
     most = max(triton.cdiv(call.max_k_len, LEAST_KEYS), 1)
@@ -261,7 +273,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *tensors, **options):
     E, Ev = query.size(-1), call.value_dim
     operands = ((problem.query, E), (problem.key, E), (problem.value, Ev), (problem.out, Ev))
     attention_kernel[(num_blocks * num_splits,)](
-        problem, parts, IS_PLAIN=call.is_plain,
+        problem, parts, HAS_SPLITS=num_splits > 1, IS_PLAIN=call.is_plain,
         VECTORIZED=all(is_vectorized(x, n) for x, n in operands),
         WHOLE=E == block_of(E) and Ev == block_of(Ev),
         BLOCK_E=block_of(E), BLOCK_EV=block_of(Ev), **tile,

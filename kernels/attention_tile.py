@@ -12,6 +12,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 class Sequence(NamedTuple):
     """One entry of the batch. Packed, its rows begin somewhere in the common tensor."""
 
+    b: tl.tensor
     q_begin: tl.tensor
     q_len: tl.tensor
     k_begin: tl.tensor
@@ -26,7 +27,7 @@ class Range(NamedTuple):
 class Queries(NamedTuple):
     """Some queries, each with the keys that it meets, and what its scores get besides products."""
 
-    bh: tl.tensor  # entry * heads + head
+    head: tl.tensor
     index: tl.tensor
     diagonal: tl.tensor  # its position among the keys
     begin: tl.tensor
@@ -39,6 +40,18 @@ class Queries(NamedTuple):
 def plain(n):
     """The integer that `attention_call.scaled` took."""
     return n >> 4
+
+
+@triton.jit
+def wide(stride):
+    """The same, to be multiplied."""
+    return tl.cast(plain(stride), tl.int64)
+
+
+@triton.jit
+def head_at(x, b, h):
+    """Where entry b's head h, or each of its own, begins: an offset."""
+    return b * wide(x.batch) + h * wide(x.head)
 
 
 # ---- Sequences: which rows and columns meet ----
@@ -57,7 +70,7 @@ def _rows_of(lengths, b):
 def sequence_of(p, b):
     q_begin, q_len = _rows_of(p.queries, b)
     k_begin, k_len = _rows_of(p.keys, b)
-    return Sequence(q_begin, q_len, k_begin, k_len)
+    return Sequence(b, q_begin, q_len, k_begin, k_len)
 
 
 @triton.jit
@@ -81,20 +94,15 @@ def queries_of(p, s, j_begin, j_end):
 
 
 @triton.jit
-def queries_at(p, s, b, h, i, is_there):
+def queries_at(p, s, h, i, is_there):
     """The queries i of head h, or each of its own."""
     keys = keys_of(p, s, i)
-    slope_at = tl.cast(plain(p.slopes.batch), tl.int64) * b + h * tl.cast(plain(p.slopes.head), tl.int64)
-    slope = tl.load(
-        p.slopes.data + slope_at, mask=is_there & (plain(p.slopes.are_there) > 0), other=0.0
-    )
-    mask_offset = (
-        tl.cast(plain(p.mask.batch), tl.int64) * b
-        + h * tl.cast(plain(p.mask.head), tl.int64)
-        + i * tl.cast(plain(p.mask.row), tl.int64)
-    )
+    h += tl.zeros_like(i)
+    slope_at = p.slopes.data + head_at(p.slopes, s.b, h)
+    slope = tl.load(slope_at, mask=is_there & (plain(p.slopes.are_there) > 0), other=0.0)
+    mask_offset = head_at(p.mask, s.b, h) + i * wide(p.mask.row)
     return Queries(
-        b * plain(p.heads) + h,
+        h,
         i,
         i + (s.k_len - s.q_len),
         tl.where(is_there, keys.begin, 0),
@@ -108,7 +116,7 @@ def queries_at(p, s, b, h, i, is_there):
 def as_column(q):
     """Along the rows of a tile of scores."""
     return Queries(
-        q.bh[:, None], q.index[:, None], q.diagonal[:, None], q.begin[:, None], q.end[:, None],
+        q.head[:, None], q.index[:, None], q.diagonal[:, None], q.begin[:, None], q.end[:, None],
         q.slope[:, None], q.mask_offset[:, None],
     )  # fmt: skip
 
@@ -117,7 +125,7 @@ def as_column(q):
 def as_row(q):
     """Along the columns of a tile of transposed scores."""
     return Queries(
-        q.bh[None, :], q.index[None, :], q.diagonal[None, :], q.begin[None, :], q.end[None, :],
+        q.head[None, :], q.index[None, :], q.diagonal[None, :], q.begin[None, :], q.end[None, :],
         q.slope[None, :], q.mask_offset[None, :],
     )  # fmt: skip
 
@@ -128,8 +136,7 @@ def as_row(q):
 @triton.jit
 def addresses(x, b, h, rows, cols, VECTORIZED: tl.constexpr):
     """Of rows of entry b and head h, or each of its own, [rows, cols]."""
-    offsets = tl.cast(plain(x.batch), tl.int64) * b + h * tl.cast(plain(x.head), tl.int64)
-    offsets += rows * tl.cast(plain(x.row), tl.int64)
+    offsets = head_at(x, b, h) + rows * wide(x.row)
     if VECTORIZED:
         offsets = tl.multiple_of(offsets, 128 // x.data.dtype.element_ty.primitive_bitwidth)
     return (x.data + offsets)[:, None] + cols[None, :]
@@ -138,7 +145,7 @@ def addresses(x, b, h, rows, cols, VECTORIZED: tl.constexpr):
 @triton.jit
 def rows_on(x, n, VECTORIZED: tl.constexpr):
     """How far away the row is that comes n later."""
-    offset = n * tl.cast(plain(x.row), tl.int64)
+    offset = n * wide(x.row)
     if VECTORIZED:
         offset = tl.multiple_of(offset, 128 // x.data.dtype.element_ty.primitive_bitwidth)
     return offset
@@ -177,19 +184,32 @@ def store_tile(pointers, x, is_row, is_col, WHOLE: tl.constexpr):
 @triton.jit
 def stats_at(p, b, h, rows):
     """Where what there is by row lies: offsets."""
-    offsets = tl.cast(plain(p.stats.batch), tl.int64) * b + h * tl.cast(plain(p.stats.head), tl.int64)
-    return offsets + rows * tl.cast(plain(p.stats.row), tl.int64)
-
-
-@triton.jit
-def product(a, b):
-    """a @ b in float32; of float32 in full precision."""
-    return tl.dot(a, b, input_precision="ieee")
+    return head_at(p.stats, b, h) + rows * wide(p.stats.row)
 
 
 @triton.jit
 def add_product(acc, a, b):
+    """acc + a @ b, in full precision of float32."""
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def products_by_steps(
+    x, x_head, x_rows, is_x, y, y_head, y_rows, is_y, b, num_cols, VECTORIZED: tl.constexpr
+):
+    """x @ y^T of rows of entry b, by few columns at a time: of float32, which tensor cores don't
+    multiply in full precision, more wouldn't fit registers."""
+    STEP: tl.constexpr = 16
+    products = tl.zeros([x_rows.shape[0], y_rows.shape[0]], tl.float32)
+    for first in range(0, plain(num_cols), STEP):
+        col = first + tl.arange(0, STEP)
+        is_col = col < plain(num_cols)
+        x_at = addresses(x, b, x_head, x_rows, col, VECTORIZED)
+        y_at = addresses(y, b, y_head, y_rows, col, VECTORIZED)
+        left = load_tile(x_at, is_x, is_col, False, False)
+        right = load_tile(y_at, is_y, is_col, False, False)
+        products = add_product(products, left, tl.trans(right))
+    return products
 
 
 # ---- From products to the softmax's arguments: queries and keys j lie along either dimension ----
@@ -241,15 +261,16 @@ def masked(p, queries, j, score):
 
 
 @triton.jit
-def keeps(p, queries, j, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
+def keeps(p, s, queries, j, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
     """Whether dropout keeps the weights of queries, a column, and the keys from j, a multiple of
     32, on: [BLOCK_Q, BLOCK_KV]. A call of Philox serves 8 keys: words 0 to 3 hold those of
     2 (c mod 4) + 8 word, and, in the upper half, the next."""
     seed = tl.load(p.dropout.philox)
     offset = tl.load(p.dropout.philox + plain(p.dropout.stride))
     counter = (j >> 3) + tl.arange(0, BLOCK_KV // 8)[None, :]
+    bh = s.b * plain(p.heads) + queries.head
     words = tl.philox(
-        seed, counter.to(tl.uint32), queries.index.to(tl.uint32), queries.bh.to(tl.uint32),
+        seed, counter.to(tl.uint32), queries.index.to(tl.uint32), bh.to(tl.uint32),
         offset.to(tl.uint32),
     )  # fmt: skip
     bits = tl.join(tl.join(words[0], words[2]), tl.join(words[1], words[3]))  # [.., 2, 2]
