@@ -22,6 +22,7 @@ from bigkern.kernels.attention_tile import (
     as_column,
     capped,
     columns_of,
+    edge_of,
     keeps,
     keys_of,
     load_tile,
@@ -34,6 +35,7 @@ from bigkern.kernels.attention_tile import (
     sequence_of,
     stats_at,
     store_tile,
+    tiles_of,
 )
 
 
@@ -86,12 +88,9 @@ def attention_kernel(
     first = keys_of(p, s, tl.where(is_one_head, tile * BLOCK_Q % s.q_len, 0))
     last = keys_of(p, s, tl.where(is_one_head, last_row % s.q_len, s.q_len - 1))
     of_split = tl.cdiv(tl.cdiv(s.k_len, num_splits), BLOCK_KV) * BLOCK_KV
-    begin = tl.maximum(first.begin // BLOCK_KV * BLOCK_KV, split * of_split)
+    begin = tl.maximum(first.begin, split * of_split)
     end = tl.minimum(last.end, (split + 1) * of_split)
-    whole_begin = tl.maximum(tl.cdiv(last.begin, BLOCK_KV) * BLOCK_KV, begin)
-    whole_end = tl.maximum(tl.minimum(first.end, end) // BLOCK_KV * BLOCK_KV, whole_begin)
-    if not IS_PLAIN:
-        whole_begin, whole_end = begin, begin
+    tiles = tiles_of(begin, end, last.begin, first.end, BLOCK_KV, IS_PLAIN)
 
     cols_e, cols_ev = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_EV)
     is_e = columns_of(p.query, p.head_dim, BLOCK_E, VECTORIZED)
@@ -106,16 +105,13 @@ def attention_kernel(
     row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_Q], tl.float32)
     out = tl.zeros([BLOCK_Q, BLOCK_EV], tl.float32)
-    for j in range(whole_begin, whole_end, BLOCK_KV):
+    for j in range(tiles.whole_begin, tiles.whole_end, BLOCK_KV):
         out, row_max, row_sum = attend(
             out, row_max, row_sum, q, k_at, v_at, p, s, queries, is_row, kv_head, j, is_e, is_ev,
             False, IS_PLAIN, VECTORIZED, WHOLE,
         )  # fmt: skip
-    # The tiles at the edges: those before, then those after.
-    num_before = (whole_begin - begin) // BLOCK_KV
-    num_after = tl.cdiv(tl.maximum(end - whole_end, 0), BLOCK_KV)
-    for t in range(0, num_before + num_after):
-        j = tl.where(t < num_before, begin + t * BLOCK_KV, whole_end + (t - num_before) * BLOCK_KV)
+    for t in range(0, tiles.num_edges):
+        j = edge_of(tiles, t, BLOCK_KV)
         out, row_max, row_sum = attend(
             out, row_max, row_sum, q, k_at, v_at, p, s, queries, is_row, kv_head, j, is_e, is_ev,
             True, IS_PLAIN, VECTORIZED, WHOLE,

@@ -32,6 +32,7 @@ from bigkern.kernels.attention_tile import (
     as_row,
     capped,
     columns_of,
+    edge_of,
     keeps,
     keys_of,
     load_tile,
@@ -45,6 +46,7 @@ from bigkern.kernels.attention_tile import (
     sequence_of,
     stats_at,
     store_tile,
+    tiles_of,
 )
 
 
@@ -165,15 +167,9 @@ def keys_kernel(
     j_end = tl.minimum(j + BLOCK_KV, s.k_len)
     shift = s.k_len - s.q_len
     some = queries_of(p, s, j, j_end)
-    begin, end = some.begin // BLOCK_Q * BLOCK_Q, some.end
     whole_begin = j_end - 1 - tl.minimum(plain(p.ahead), plain(p.right) + shift)
-    whole_begin = tl.maximum(tl.cdiv(tl.maximum(whole_begin, 0), BLOCK_Q) * BLOCK_Q, begin)
-    whole_end = tl.minimum(end, j - shift + plain(p.left) + 1) // BLOCK_Q * BLOCK_Q
-    whole_end = tl.maximum(whole_end, whole_begin)
-    if not IS_PLAIN:
-        whole_begin, whole_end = begin, begin
-    num_before = (whole_begin - begin) // BLOCK_Q
-    num_after = tl.cdiv(tl.maximum(end - whole_end, 0), BLOCK_Q)
+    whole_end = j - shift + plain(p.left) + 1
+    tiles = tiles_of(some.begin, some.end, tl.maximum(whole_begin, 0), whole_end, BLOCK_Q, IS_PLAIN)
 
     cols_e, cols_ev = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_EV)
     is_e = columns_of(p.key, p.head_dim, BLOCK_E, VECTORIZED)
@@ -191,15 +187,13 @@ def keys_kernel(
         query = s.q_begin + tl.arange(0, BLOCK_Q)
         q_at = addresses(p.query, b, h, query, cols_e, VECTORIZED)  # [BLOCK_Q, BLOCK_E]
         do_at = addresses(g.out, b, h, query, cols_ev, VECTORIZED)  # [BLOCK_Q, BLOCK_EV]
-        for i in range(whole_begin, whole_end, BLOCK_Q):
+        for i in range(tiles.whole_begin, tiles.whole_end, BLOCK_Q):
             grad_k, grad_v = add_queries(
                 grad_k, grad_v, k, v, q_at, do_at, p, g, s, h, i, kv_head, j, is_e, is_ev,
                 False, IS_PLAIN, VECTORIZED, WHOLE,
             )  # fmt: skip
-        for t in range(0, num_before + num_after):
-            i = tl.where(
-                t < num_before, begin + t * BLOCK_Q, whole_end + (t - num_before) * BLOCK_Q
-            )
+        for t in range(0, tiles.num_edges):
+            i = edge_of(tiles, t, BLOCK_Q)
             grad_k, grad_v = add_queries(
                 grad_k, grad_v, k, v, q_at, do_at, p, g, s, h, i, kv_head, j, is_e, is_ev,
                 True, IS_PLAIN, VECTORIZED, WHOLE,
@@ -274,13 +268,7 @@ def queries_kernel(
     # The keys that some query meets, those that every one meets.
     first = keys_of(p, s, i)
     last = keys_of(p, s, tl.minimum(i + BLOCK_Q, s.q_len) - 1)
-    begin, end = first.begin // BLOCK_KV * BLOCK_KV, last.end
-    whole_begin = tl.maximum(tl.cdiv(last.begin, BLOCK_KV) * BLOCK_KV, begin)
-    whole_end = tl.maximum(tl.minimum(first.end, end) // BLOCK_KV * BLOCK_KV, whole_begin)
-    if not IS_PLAIN:
-        whole_begin, whole_end = begin, begin
-    num_before = (whole_begin - begin) // BLOCK_KV
-    num_after = tl.cdiv(tl.maximum(end - whole_end, 0), BLOCK_KV)
+    tiles = tiles_of(first.begin, last.end, last.begin, first.end, BLOCK_KV, IS_PLAIN)
 
     cols_e, cols_ev = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_EV)
     is_e = columns_of(p.query, p.head_dim, BLOCK_E, VECTORIZED)
@@ -299,13 +287,13 @@ def queries_kernel(
     v_at = addresses(p.value, b, kv_head, key, cols_ev, VECTORIZED)  # [BLOCK_KV, BLOCK_EV]
 
     grad_q = tl.zeros([BLOCK_Q, BLOCK_E], tl.float32)
-    for j in range(whole_begin, whole_end, BLOCK_KV):
+    for j in range(tiles.whole_begin, tiles.whole_end, BLOCK_KV):
         grad_q = add_keys(
             grad_q, q, do, k_at, v_at, p, g, s, queries, stats, is_query, kv_head, j, is_e, is_ev,
             False, IS_PLAIN, VECTORIZED, WHOLE,
         )  # fmt: skip
-    for t in range(0, num_before + num_after):
-        j = tl.where(t < num_before, begin + t * BLOCK_KV, whole_end + (t - num_before) * BLOCK_KV)
+    for t in range(0, tiles.num_edges):
+        j = edge_of(tiles, t, BLOCK_KV)
         grad_q = add_keys(
             grad_q, q, do, k_at, v_at, p, g, s, queries, stats, is_query, kv_head, j, is_e, is_ev,
             True, IS_PLAIN, VECTORIZED, WHOLE,

@@ -24,6 +24,16 @@ class Range(NamedTuple):
     end: tl.tensor
 
 
+class Tiles(NamedTuple):
+    """Of a range, in whole_begin - whole_end those that have nothing to be masked, and num_edges
+    others: those before, from begin on, then those after."""
+
+    begin: tl.tensor
+    whole_begin: tl.tensor
+    whole_end: tl.tensor
+    num_edges: tl.tensor
+
+
 class Queries(NamedTuple):
     """Some queries, each with the keys that it meets, and what its scores get besides products."""
 
@@ -89,8 +99,28 @@ def queries_of(p, s, j_begin, j_end):
     shift = s.k_len - s.q_len  # query i is at i + shift among the keys
     begin = tl.maximum(j_begin - shift - plain(p.right), j_begin - plain(p.ahead))
     begin = tl.maximum(begin, 0)
-    end = tl.minimum(s.q_len, j_end - shift + plain(p.left))
+    end = tl.maximum(tl.minimum(s.q_len, j_end - shift + plain(p.left)), 0)
     return Range(tl.minimum(begin, end), end)
+
+
+@triton.jit
+def tiles_of(begin, end, whole_begin, whole_end, BLOCK: tl.constexpr, HAS_WHOLE: tl.constexpr):
+    begin = begin // BLOCK * BLOCK
+    end_of_tiles = tl.maximum(tl.cdiv(end, BLOCK) * BLOCK, begin)
+    if HAS_WHOLE:
+        whole_begin = tl.maximum(tl.cdiv(whole_begin, BLOCK) * BLOCK, begin)
+        whole_begin = tl.minimum(whole_begin, end_of_tiles)
+        whole_end = tl.maximum(tl.minimum(whole_end, end) // BLOCK * BLOCK, whole_begin)
+    else:
+        whole_begin, whole_end = begin, begin
+    num_edges = (whole_begin - begin + end_of_tiles - whole_end) // BLOCK
+    return Tiles(begin, whole_begin, whole_end, num_edges)
+
+
+@triton.jit
+def edge_of(tiles, t, BLOCK: tl.constexpr):
+    at = tiles.begin + t * BLOCK
+    return tl.where(at < tiles.whole_begin, at, at - tiles.whole_begin + tiles.whole_end)
 
 
 @triton.jit
