@@ -19,11 +19,11 @@ from bigkern.kernels.attention_tile import (
     LOG2E,
     add_product,
     addresses,
+    are_kept,
     as_column,
     capped,
     columns_of,
     edge_of,
-    keeps,
     keys_of,
     load_tile,
     masked,
@@ -155,12 +155,11 @@ def attend(
     else:
         k = load_tile(k_at + rows_on(p.key, j, VECTORIZED), is_key, is_e, not IS_EDGE, WHOLE)
         scores = tl.dot(q, tl.trans(k))
-    queries = as_column(queries)
     keys = (j + tl.arange(0, BLOCK_KV))[None, :]
     if not IS_PLAIN:
-        scores = masked(p, queries, keys, capped(p, scores)[0])
+        scores = masked(p, as_column(queries), keys, capped(p, scores)[0])
     elif IS_EDGE:
-        scores = tl.where(meet(queries, keys), scores, float("-inf"))
+        scores = tl.where(meet(as_column(queries), keys), scores, float("-inf"))
 
     # P = exp(S - row_max), by exp2. Where scores are products, scaling and shifting is one step;
     # else it would overflow with a mask of the lowest number.
@@ -177,8 +176,7 @@ def attend(
         correction = tl.exp2((row_max - shift) * LOG2E)
     row_sum = row_sum * correction + tl.sum(weights, 1)
     if not IS_PLAIN:
-        if plain(p.dropout.threshold) > 0:
-            weights = tl.where(keeps(p, s, queries, j, BLOCK_Q, BLOCK_KV), weights, 0.0)
+        weights = tl.where(are_kept(p, s, queries, j, BLOCK_Q, BLOCK_KV), weights, 0.0)
 
     # O += P @ V  [BLOCK_Q, BLOCK_EV]
     v = load_tile(v_at + rows_on(p.value, j, VECTORIZED), is_key, is_ev, not IS_EDGE, WHOLE)
@@ -248,9 +246,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *tensors, **options):
     # Few queries of heads that share their keys are rows of one tile.
     heads_at_once = call.group if call.max_q_len <= 64 else 1
     rows = heads_at_once * call.max_q_len
-    tile = tuning.lookup(
-        "attention" if call.is_plain else "attention_extras", query.dtype, E=max(block_of(query.size(-1)), block_of(value.size(-1))), L=rows
-    )
+    E, Ev = query.size(-1), call.value_dim
+    name = "attention" if call.is_plain else "attention_extras"
+    tile = tuning.lookup(name, query.dtype, E=max(block_of(E), block_of(Ev)), L=rows)
     num_tiles = triton.cdiv(rows, tile["BLOCK_Q"])
     num_blocks = num_tiles * call.heads // heads_at_once * call.batch
     most = max(triton.cdiv(call.max_k_len, LEAST_KEYS), 1)
@@ -266,12 +264,11 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *tensors, **options):
         *parts_of,
         *map(scaled, (num_splits, num_tiles, heads_at_once, call.batch, call.max_q_len)),
     )
-    E, Ev = query.size(-1), call.value_dim
     operands = ((problem.query, E), (problem.key, E), (problem.value, Ev), (problem.out, Ev))
     attention_kernel[(num_blocks * num_splits,)](
         problem, parts, HAS_SPLITS=num_splits > 1, IS_PLAIN=call.is_plain,
         VECTORIZED=all(is_vectorized(x, n) for x, n in operands),
-        WHOLE=E == block_of(E) and Ev == block_of(Ev),
+        WHOLE=block_of(E) == E and Ev == block_of(Ev),
         BLOCK_E=block_of(E), BLOCK_EV=block_of(Ev), **tile,
     )  # fmt: skip
     if num_splits > 1:

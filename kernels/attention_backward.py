@@ -1,11 +1,8 @@
 """attention in Triton: the backward, of Dao 2023 (FlashAttention-2, algorithm 2), in one kernel for
 dK and dV and one for dQ: what a sum has is added in one order, and so to the same bits each time.
 
-    P = exp(S - row_max) / row_sum     dP = dO @ V^T     dS = P * (dP - delta)
-    delta = rowsum(dO * O) - dlse      dV = P^T @ dO     dK = dS^T @ Q     dQ = dS @ K
+    dV = P^T @ dO     dK = dS^T @ Q     dQ = dS @ K
 """
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -13,9 +10,15 @@ import triton.language as tl
 from torch import Tensor
 
 from bigkern.kernels import tuning
+from bigkern.kernels.attention_backward_tile import (
+    Gradients,
+    differentiate,
+    load_stats,
+    stats_as_column,
+    stats_as_row,
+)
 from bigkern.kernels.attention_call import (
     Call,
-    Operand,
     Problem,
     block_of,
     empty_like_attention,
@@ -24,20 +27,17 @@ from bigkern.kernels.attention_call import (
     require,
     scaled,
 )
+from bigkern.kernels.attention_mask_grad import mask_grad
 from bigkern.kernels.attention_tile import (
-    LOG2E,
     add_product,
     addresses,
+    are_kept,
     as_column,
     as_row,
-    capped,
     columns_of,
     edge_of,
-    keeps,
     keys_of,
     load_tile,
-    masked,
-    meet,
     plain,
     products_by_steps,
     queries_at,
@@ -50,45 +50,10 @@ from bigkern.kernels.attention_tile import (
 )
 
 
-class Gradients(NamedTuple):
-    """What the backward has beyond the forward's problem."""
-
-    out: Operand  # its gradient
-    lse: Tensor
-    has_lse: int
-    delta: Tensor
-    query: Operand
-    key: Operand
-    value: Operand
-
-
-class Stats(NamedTuple):
-    """What the weights of queries and their gradients need; where there is none, or it meets no
-    key, both come out as 0."""
-
-    shift: tl.tensor  # IS_PLAIN: the log-sum-exp in base 2, else row_max
-    inverse: tl.tensor  # 1 / row_sum
-    delta: tl.tensor
-
-
-@triton.jit
-def load_stats(p, g, s, h, i, IS_PLAIN: tl.constexpr):
-    at = stats_at(p, s.b, h, s.q_begin + i)
-    is_there = i < s.q_len
-    row_sum = tl.load(p.row_sum + at, mask=is_there, other=0.0)
-    row_max = tl.load(p.row_max + at, mask=is_there, other=0.0)
-    delta = tl.load(g.delta + at, mask=is_there, other=0.0)
-    if IS_PLAIN:
-        row_max = row_max * LOG2E + tl.log2(row_sum)
-    return Stats(
-        tl.where(row_sum == 0, float("inf"), row_max),
-        1.0 / tl.where(row_sum == 0, 1.0, row_sum),
-        tl.where(row_sum == 0, 0.0, delta),
-    )
-
-
 @triton.jit(do_not_specialize=["num_tiles"])
-def delta_kernel(p, g, num_tiles, VECTORIZED: tl.constexpr, BLOCK: tl.constexpr, COLS: tl.constexpr):
+def delta_kernel(
+    p, g, num_tiles, VECTORIZED: tl.constexpr, BLOCK: tl.constexpr, COLS: tl.constexpr
+):
     """delta = rowsum(dO * O) - dlse."""
     block = tl.program_id(0)
     h, b = block // num_tiles % plain(p.heads), block // num_tiles // plain(p.heads)
@@ -107,44 +72,6 @@ def delta_kernel(p, g, num_tiles, VECTORIZED: tl.constexpr, BLOCK: tl.constexpr,
     if plain(g.has_lse) > 0:
         delta -= tl.load(g.lse + at, mask=is_row, other=0.0).to(SUM)
     tl.store(g.delta + at, delta.to(tl.float32), mask=is_row)
-
-
-@triton.jit
-def differentiate(
-    p, queries, stats, j, products, grad_weights, is_kept,
-    IS_EDGE: tl.constexpr, IS_PLAIN: tl.constexpr,
-):  # fmt: skip
-    """From S before its scale, and dP, to the weights as they met the values, but for the factor of
-    dropout; the scores' gradients, before the cap; and the cap's derivative."""
-    if IS_PLAIN:
-        weights = tl.exp2(products * (p.scale * LOG2E) - stats.shift)
-        if IS_EDGE:
-            weights = tl.where(meet(queries, j), weights, 0.0)
-        return weights, weights * (grad_weights - stats.delta), 1.0
-    else:
-        score, slope = capped(p, products)
-        score = masked(p, queries, j, score)
-        weights = tl.exp2((score - stats.shift) * LOG2E) * stats.inverse
-        grad_weights = tl.where(is_kept, grad_weights * p.keep_scale, 0.0)
-        return tl.where(is_kept, weights, 0.0), weights * (grad_weights - stats.delta), slope
-
-
-@triton.jit
-def stats_as_column(x):
-    return Stats(x.shift[:, None], x.inverse[:, None], x.delta[:, None])
-
-
-@triton.jit
-def stats_as_row(x):
-    return Stats(x.shift[None, :], x.inverse[None, :], x.delta[None, :])
-
-
-@triton.jit
-def are_kept(p, s, queries, j, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
-    is_kept = tl.full([BLOCK_Q, BLOCK_KV], True, tl.int1)
-    if plain(p.dropout.threshold) > 0:
-        is_kept = keeps(p, s, as_column(queries), j, BLOCK_Q, BLOCK_KV)
-    return is_kept
 
 
 # ---- dK, dV: a block has a tile of keys, and goes over the queries that meet them ----
@@ -332,7 +259,7 @@ def add_keys(
     is_kept = 0
     if not IS_PLAIN:
         is_kept = are_kept(p, s, queries, j, BLOCK_Q, BLOCK_KV)
-    weights, grad_scores, slope = differentiate(
+    _, grad_scores, slope = differentiate(
         p, as_column(queries), stats_as_column(stats), key[None, :], products, grad_weights,
         is_kept, IS_EDGE, IS_PLAIN,
     )  # fmt: skip
@@ -364,7 +291,8 @@ def attention_backward(
     mask = call.attn_mask
     require(
         not needs_mask_grad or (mask is not None and mask.dtype != torch.bool),
-        "needs_mask_grad needs an additive attn_mask, got ", "none" if mask is None else "a bool one",
+        "needs_mask_grad needs an additive attn_mask, got ",
+        "none" if mask is None else "a bool one",
     )  # fmt: skip
 
     row_max, row_sum = row_max.contiguous(), row_sum.contiguous()
@@ -385,8 +313,7 @@ def attention_backward(
         *(operand(x, call.is_packed) for x in grads),
     )
     _launch(call, problem, gradients, E, Ev)
-    grad_mask = query.new_empty(0)
-    return *grads, grad_mask
+    return *grads, mask_grad(call, problem, gradients) if needs_mask_grad else query.new_empty(0)
 
 
 def _launch(call: Call, p: Problem, g: Gradients, E: int, Ev: int) -> None:

@@ -214,7 +214,8 @@ class Call:
         kept = 65536 - self.threshold
         unbounded = self.max_q_len + self.max_k_len
         left, right = (
-            min(n, unbounded) if n >= 0 else unbounded for n in (self.window_left, self.window_right)
+            min(n, unbounded) if n >= 0 else unbounded
+            for n in (self.window_left, self.window_right)
         )
         query, key = (operand(x, self.is_packed) for x in (self.query, self.key))
         value = key if self.value is None else operand(self.value, self.is_packed)
@@ -289,9 +290,7 @@ class Call:
     def check_inputs(self) -> None:
         query, key, value = self.query, self.key, self.value
         dtype, features = query.dtype, query.shape[-1:]
-        require(
-            dtype in DTYPES, "query must be float32, float64, float16 or bfloat16, got ", dtype
-        )
+        require(dtype in DTYPES, "query must be float32, float64, float16 or bfloat16, got ", dtype)
         dim = 3 if self.is_packed else 4
         layout = "[total, heads, head_dim]" if dim == 3 else "[batch, heads, length, head_dim]"
         for name, x in (("query", query), ("key", key), ("value", value)):
@@ -304,7 +303,8 @@ class Call:
             self.check_device(name, x)
             require(
                 self.is_packed or x.size(0) == query.size(0),
-                name, " must have the batch size of query, ", query.size(0), ", got shape ", shape(x),
+                name, " must have the batch size of query, ", query.size(0), ", got shape ",
+                shape(x),
             )  # fmt: skip
         require(
             key.shape[-1:] == features,
@@ -313,7 +313,8 @@ class Call:
         if value is not None:
             require(
                 value.shape[:-1] == key.shape[:-1],
-                "value must have as many heads and rows as key, ", shape(key), ", got ", shape(value),
+                "value must have as many heads and rows as key, ", shape(key), ", got ",
+                shape(value),
             )  # fmt: skip
         H, Hkv = query.size(1), key.size(1)
         require(
@@ -430,5 +431,3 @@ class Call:
             self.value_dim, ", got ", shape(x),
         )  # fmt: skip
         self.check_dtype(name, x, self.query.dtype)
-
-

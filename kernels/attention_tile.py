@@ -194,13 +194,14 @@ def columns_of(x, num_cols, BLOCK: tl.constexpr, VECTORIZED: tl.constexpr):
 def load_tile(pointers, is_row, is_col, ALL_ROWS: tl.constexpr, WHOLE: tl.constexpr):
     """[rows, cols], zeros where there is none. ALL_ROWS, WHOLE: all rows, all columns are there."""
     if ALL_ROWS and WHOLE:
-        return tl.load(pointers)
+        x = tl.load(pointers)
     elif ALL_ROWS:
-        return tl.load(pointers, mask=is_col[None, :], other=0.0)
+        x = tl.load(pointers, mask=is_col[None, :], other=0.0)
     elif WHOLE:
-        return tl.load(pointers, mask=is_row[:, None], other=0.0)
+        x = tl.load(pointers, mask=is_row[:, None], other=0.0)
     else:
-        return tl.load(pointers, mask=is_row[:, None] & is_col[None, :], other=0.0)
+        x = tl.load(pointers, mask=is_row[:, None] & is_col[None, :], other=0.0)
+    return x
 
 
 @triton.jit
@@ -227,9 +228,9 @@ def add_product(acc, a, b):
 def products_by_steps(
     x, x_head, x_rows, is_x, y, y_head, y_rows, is_y, b, num_cols, VECTORIZED: tl.constexpr
 ):
-    """x @ y^T of rows of entry b, by few columns at a time: of float32, which tensor cores don't
+    """x @ y^T of rows of entry b, by some columns at a time. Of float32, which tensor cores don't
     multiply in full precision, more wouldn't fit registers."""
-    STEP: tl.constexpr = 16
+    STEP: tl.constexpr = 16 if x.data.dtype.element_ty == tl.float32 else 64
     products = tl.zeros([x_rows.shape[0], y_rows.shape[0]], tl.float32)
     for first in range(0, plain(num_cols), STEP):
         col = first + tl.arange(0, STEP)
@@ -280,7 +281,9 @@ def masked(p, queries, j, score):
     """Scores with all that is added to them; -inf where query and key don't meet."""
     is_met = meet(queries, j)
     if plain(p.mask.is_there) > 0:
-        element = tl.load(p.mask.data + (queries.mask_offset + j.to(tl.int64) * p.mask.col), is_met, 0)
+        element = tl.load(
+            p.mask.data + (queries.mask_offset + j.to(tl.int64) * p.mask.col), is_met, 0
+        )
         if p.mask.data.dtype.element_ty == tl.uint8:
             score = tl.where(element != 0, score, float("-inf"))
         else:
@@ -308,3 +311,11 @@ def keeps(p, s, queries, j, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
     bits = tl.join(bits & 0xFFFF, bits >> 16)
     is_kept = bits >= plain(p.dropout.threshold).to(tl.uint32)
     return tl.reshape(is_kept, (BLOCK_Q, BLOCK_KV))
+
+
+@triton.jit
+def are_kept(p, s, queries, j, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
+    is_kept = tl.full([BLOCK_Q, BLOCK_KV], True, tl.int1)
+    if plain(p.dropout.threshold) > 0:
+        is_kept = keeps(p, s, as_column(queries), j, BLOCK_Q, BLOCK_KV)
+    return is_kept
