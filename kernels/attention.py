@@ -153,7 +153,7 @@ def attend(
             s.b, p.head_dim, VECTORIZED,
         )  # fmt: skip
     else:
-        k = load_tile(k_at + rows_on(p.key, j, VECTORIZED), is_key, is_e, not IS_EDGE, WHOLE)
+        k = load_tile(k_at + rows_on(p.key, 0, j, VECTORIZED), is_key, is_e, not IS_EDGE, WHOLE)
         scores = tl.dot(q, tl.trans(k))
     keys = (j + tl.arange(0, BLOCK_KV))[None, :]
     if not IS_PLAIN:
@@ -179,7 +179,7 @@ def attend(
         weights = tl.where(are_kept(p, s, queries, j, BLOCK_Q, BLOCK_KV), weights, 0.0)
 
     # O += P @ V  [BLOCK_Q, BLOCK_EV]
-    v = load_tile(v_at + rows_on(p.value, j, VECTORIZED), is_key, is_ev, not IS_EDGE, WHOLE)
+    v = load_tile(v_at + rows_on(p.value, 0, j, VECTORIZED), is_key, is_ev, not IS_EDGE, WHOLE)
     out = add_product(out * correction[:, None], weights.to(v.dtype), v)
     return out, largest, row_sum
 

@@ -29,6 +29,7 @@ from bigkern.kernels.attention_call import (
 )
 from bigkern.kernels.attention_mask_grad import mask_grad
 from bigkern.kernels.attention_tile import (
+    LOG2E,
     add_product,
     addresses,
     are_kept,
@@ -51,10 +52,11 @@ from bigkern.kernels.attention_tile import (
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
-def delta_kernel(
-    p, g, num_tiles, VECTORIZED: tl.constexpr, BLOCK: tl.constexpr, COLS: tl.constexpr
-):
-    """delta = rowsum(dO * O) - dlse."""
+def rows_kernel(
+    p, g, num_tiles, IS_PLAIN: tl.constexpr, VECTORIZED: tl.constexpr, BLOCK: tl.constexpr,
+    COLS: tl.constexpr,
+):  # fmt: skip
+    """delta = rowsum(dO * O) - dlse, and the shift of the softmax's argument, of each query."""
     block = tl.program_id(0)
     h, b = block // num_tiles % plain(p.heads), block // num_tiles // plain(p.heads)
     s = sequence_of(p, b)
@@ -71,7 +73,14 @@ def delta_kernel(
     at = stats_at(p, b, h, s.q_begin + i)
     if plain(g.has_lse) > 0:
         delta -= tl.load(g.lse + at, mask=is_row, other=0.0).to(SUM)
-    tl.store(g.delta + at, delta.to(tl.float32), mask=is_row)
+    row_sum = tl.load(p.row_sum + at, mask=is_row, other=0.0)
+    row_max = tl.load(p.row_max + at, mask=is_row, other=0.0)
+    shift = row_max
+    if IS_PLAIN:
+        shift = row_max * LOG2E + tl.log2(row_sum)
+    # Of a query that meets no key, weights come out as 0, and so must gradients.
+    tl.store(g.shift + at, tl.where(row_sum == 0, float("inf"), shift), mask=is_row)
+    tl.store(g.delta + at, tl.where(row_sum == 0, 0.0, delta.to(tl.float32)), mask=is_row)
 
 
 # ---- dK, dV: a block has a tile of keys, and goes over the queries that meet them ----
@@ -110,21 +119,24 @@ def keys_kernel(
 
     grad_k = tl.zeros([BLOCK_KV, BLOCK_E], tl.float32)
     grad_v = tl.zeros([BLOCK_KV, BLOCK_EV], tl.float32)
-    for h in range(kv_head * plain(p.group), (kv_head + 1) * plain(p.group)):
-        query = s.q_begin + tl.arange(0, BLOCK_Q)
-        q_at = addresses(p.query, b, h, query, cols_e, VECTORIZED)  # [BLOCK_Q, BLOCK_E]
-        do_at = addresses(g.out, b, h, query, cols_ev, VECTORIZED)  # [BLOCK_Q, BLOCK_EV]
-        for i in range(tiles.whole_begin, tiles.whole_end, BLOCK_Q):
-            grad_k, grad_v = add_queries(
-                grad_k, grad_v, k, v, q_at, do_at, p, g, s, h, i, kv_head, j, is_e, is_ev,
-                False, IS_PLAIN, VECTORIZED, WHOLE,
-            )  # fmt: skip
-        for t in range(0, tiles.num_edges):
-            i = edge_of(tiles, t, BLOCK_Q)
-            grad_k, grad_v = add_queries(
-                grad_k, grad_v, k, v, q_at, do_at, p, g, s, h, i, kv_head, j, is_e, is_ev,
-                True, IS_PLAIN, VECTORIZED, WHOLE,
-            )  # fmt: skip
+    # All heads of queries that share the keys, in one loop.
+    query = s.q_begin + tl.arange(0, BLOCK_Q)
+    first_head, group = kv_head * plain(p.group), plain(p.group)
+    q_at = addresses(p.query, b, first_head, query, cols_e, VECTORIZED)  # [BLOCK_Q, BLOCK_E]
+    do_at = addresses(g.out, b, first_head, query, cols_ev, VECTORIZED)  # [BLOCK_Q, BLOCK_EV]
+    num_whole = (tiles.whole_end - tiles.whole_begin) // BLOCK_Q
+    for t in range(0, group * num_whole):
+        h, i = t // num_whole, tiles.whole_begin + t % num_whole * BLOCK_Q
+        grad_k, grad_v = add_queries(
+            grad_k, grad_v, k, v, q_at, do_at, p, g, s, h, i, kv_head, j, is_e, is_ev,
+            False, IS_PLAIN, VECTORIZED, WHOLE,
+        )  # fmt: skip
+    for t in range(0, group * tiles.num_edges):
+        h, i = t // tiles.num_edges, edge_of(tiles, t % tiles.num_edges, BLOCK_Q)
+        grad_k, grad_v = add_queries(
+            grad_k, grad_v, k, v, q_at, do_at, p, g, s, h, i, kv_head, j, is_e, is_ev,
+            True, IS_PLAIN, VECTORIZED, WHOLE,
+        )  # fmt: skip
 
     grad_k_at = addresses(g.key, b, kv_head, s.k_begin + key, cols_e, VECTORIZED)
     grad_v_at = addresses(g.value, b, kv_head, s.k_begin + key, cols_ev, VECTORIZED)
@@ -142,8 +154,11 @@ def add_queries(
     query = i + tl.arange(0, BLOCK_Q)
     is_query = query < s.q_len
     key = j + tl.arange(0, BLOCK_KV)
-    q = load_tile(q_at + rows_on(p.query, i, VECTORIZED), is_query, is_e, not IS_EDGE, WHOLE)
-    do = load_tile(do_at + rows_on(g.out, i, VECTORIZED), is_query, is_ev, not IS_EDGE, WHOLE)
+    q_at += rows_on(p.query, h, i, VECTORIZED)
+    do_at += rows_on(g.out, h, i, VECTORIZED)
+    q = load_tile(q_at, is_query, is_e, not IS_EDGE, WHOLE)
+    do = load_tile(do_at, is_query, is_ev, not IS_EDGE, WHOLE)
+    h += kv_head * plain(p.group)
 
     # S^T = K @ Q^T,  dP^T = V @ dO^T  [BLOCK_KV, BLOCK_Q]
     if k.dtype == tl.float32:
@@ -160,13 +175,13 @@ def add_queries(
         grad_weights = tl.dot(v, tl.trans(do))
 
     queries = queries_at(p, s, h, query, is_query)
-    stats = load_stats(p, g, s, h, query, IS_PLAIN)
+    stats = load_stats(p, g, s, h, query, IS_EDGE, IS_PLAIN)
     is_kept = 0
     if not IS_PLAIN:
         is_kept = tl.trans(are_kept(p, s, queries, j, BLOCK_Q, BLOCK_KV))
     weights, grad_scores, slope = differentiate(
-        p, as_row(queries), stats_as_row(stats), key[:, None], products, grad_weights, is_kept,
-        IS_EDGE, IS_PLAIN,
+        p, as_row(queries), stats_as_row(stats, IS_PLAIN), key[:, None], products, grad_weights,
+        is_kept, IS_EDGE, IS_PLAIN,
     )  # fmt: skip
 
     # dV += P^T @ dO  [BLOCK_KV, BLOCK_EV],  dK += dS^T @ Q  [BLOCK_KV, BLOCK_E]
@@ -208,7 +223,7 @@ def queries_kernel(
     q = load_tile(q_at, is_query, is_e, False, WHOLE)  # [BLOCK_Q, BLOCK_E]
     do = load_tile(do_at, is_query, is_ev, False, WHOLE)  # [BLOCK_Q, BLOCK_EV]
     queries = queries_at(p, s, h, query, is_query)
-    stats = load_stats(p, g, s, h, query, IS_PLAIN)
+    stats = load_stats(p, g, s, h, query, True, IS_PLAIN)
     key = s.k_begin + tl.arange(0, BLOCK_KV)
     k_at = addresses(p.key, b, kv_head, key, cols_e, VECTORIZED)  # [BLOCK_KV, BLOCK_E]
     v_at = addresses(p.value, b, kv_head, key, cols_ev, VECTORIZED)  # [BLOCK_KV, BLOCK_EV]
@@ -238,7 +253,7 @@ def add_keys(
     BLOCK_KV: tl.constexpr = k_at.shape[0]
     key = j + tl.arange(0, BLOCK_KV)
     is_key = key < s.k_len
-    k = load_tile(k_at + rows_on(p.key, j, VECTORIZED), is_key, is_e, not IS_EDGE, WHOLE)
+    k = load_tile(k_at + rows_on(p.key, 0, j, VECTORIZED), is_key, is_e, not IS_EDGE, WHOLE)
 
     # S = Q @ K^T,  dP = dO @ V^T  [BLOCK_Q, BLOCK_KV]
     if q.dtype == tl.float32:
@@ -252,7 +267,7 @@ def add_keys(
             p.value, kv_head, s.k_begin + key, is_key, s.b, p.value_dim, VECTORIZED,
         )  # fmt: skip
     else:
-        v = load_tile(v_at + rows_on(p.value, j, VECTORIZED), is_key, is_ev, not IS_EDGE, WHOLE)
+        v = load_tile(v_at + rows_on(p.value, 0, j, VECTORIZED), is_key, is_ev, not IS_EDGE, WHOLE)
         products = tl.dot(q, tl.trans(k))
         grad_weights = tl.dot(do, tl.trans(v))
 
@@ -260,8 +275,8 @@ def add_keys(
     if not IS_PLAIN:
         is_kept = are_kept(p, s, queries, j, BLOCK_Q, BLOCK_KV)
     _, grad_scores, slope = differentiate(
-        p, as_column(queries), stats_as_column(stats), key[None, :], products, grad_weights,
-        is_kept, IS_EDGE, IS_PLAIN,
+        p, as_column(queries), stats_as_column(stats, IS_PLAIN), key[None, :], products,
+        grad_weights, is_kept, IS_EDGE, IS_PLAIN,
     )  # fmt: skip
 
     # dQ += dS @ K  [BLOCK_Q, BLOCK_E]
@@ -310,6 +325,7 @@ def attention_backward(
         of_lse,
         scaled(grad_lse is not None),
         call.empty_stats(),
+        call.empty_stats(),
         *(operand(x, call.is_packed) for x in grads),
     )
     _launch(call, problem, gradients, E, Ev)
@@ -332,8 +348,15 @@ def _launch(call: Call, p: Problem, g: Gradients, E: int, Ev: int) -> None:
     num_queries = call.batch * call.heads if call.max_q_len else 0
     if num_queries:
         num_tiles = triton.cdiv(call.max_q_len, 16)
-        delta_kernel[(num_queries * num_tiles,)](
-            p, g, num_tiles, VECTORIZED=reads_vectors, BLOCK=16, COLS=block_ev, num_warps=4
+        rows_kernel[(num_queries * num_tiles,)](
+            p,
+            g,
+            num_tiles,
+            IS_PLAIN=call.is_plain,
+            VECTORIZED=reads_vectors,
+            BLOCK=16,
+            COLS=block_ev,
+            num_warps=4,
         )
     if call.batch * call.kv_heads * call.max_k_len:
         tile = tuning.lookup(f"attention_keys{name}", call.query.dtype, E=max(block_e, block_ev))

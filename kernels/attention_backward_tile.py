@@ -21,6 +21,7 @@ class Gradients(NamedTuple):
     out: Operand  # its gradient
     lse: Tensor
     has_lse: int
+    shift: Tensor  # by row, as `Stats`
     delta: Tensor
     query: Operand
     key: Operand
@@ -32,24 +33,25 @@ class Stats(NamedTuple):
     key, both come out as 0."""
 
     shift: tl.tensor  # IS_PLAIN: the log-sum-exp in base 2, else row_max
-    inverse: tl.tensor  # 1 / row_sum
+    inverse: tl.tensor  # 1 / row_sum, if not IS_PLAIN
     delta: tl.tensor
 
 
 @triton.jit
-def load_stats(p, g, s, h, i, IS_PLAIN: tl.constexpr):
+def load_stats(p, g, s, h, i, IS_EDGE: tl.constexpr, IS_PLAIN: tl.constexpr):
     at = stats_at(p, s.b, h, s.q_begin + i)
     is_there = i < s.q_len
-    row_sum = tl.load(p.row_sum + at, mask=is_there, other=0.0)
-    row_max = tl.load(p.row_max + at, mask=is_there, other=0.0)
-    delta = tl.load(g.delta + at, mask=is_there, other=0.0)
-    if IS_PLAIN:
-        row_max = row_max * LOG2E + tl.log2(row_sum)
-    return Stats(
-        tl.where(row_sum == 0, float("inf"), row_max),
-        1.0 / tl.where(row_sum == 0, 1.0, row_sum),
-        tl.where(row_sum == 0, 0.0, delta),
-    )
+    inverse = 1.0
+    if IS_EDGE:
+        shift = tl.load(g.shift + at, mask=is_there, other=float("inf"))
+        delta = tl.load(g.delta + at, mask=is_there, other=0.0)
+    else:
+        shift = tl.load(g.shift + at)
+        delta = tl.load(g.delta + at)
+    if not IS_PLAIN:
+        row_sum = tl.load(p.row_sum + at, mask=is_there, other=0.0)
+        inverse = 1.0 / tl.where(row_sum == 0, 1.0, row_sum)
+    return Stats(shift, inverse, delta)
 
 
 @triton.jit
@@ -76,10 +78,16 @@ def differentiate(
 
 
 @triton.jit
-def stats_as_column(x):
-    return Stats(x.shift[:, None], x.inverse[:, None], x.delta[:, None])
+def stats_as_column(x, IS_PLAIN: tl.constexpr):
+    inverse = 1.0
+    if not IS_PLAIN:
+        inverse = x.inverse[:, None]
+    return Stats(x.shift[:, None], inverse, x.delta[:, None])
 
 
 @triton.jit
-def stats_as_row(x):
-    return Stats(x.shift[None, :], x.inverse[None, :], x.delta[None, :])
+def stats_as_row(x, IS_PLAIN: tl.constexpr):
+    inverse = 1.0
+    if not IS_PLAIN:
+        inverse = x.inverse[None, :]
+    return Stats(x.shift[None, :], inverse, x.delta[None, :])

@@ -53,7 +53,7 @@ def mask_kernel(
                 query = i + tl.arange(0, BLOCK_Q)
                 is_query = query < s.q_len
                 queries = queries_at(p, s, h, query, is_query)
-                stats = load_stats(p, g, s, h, query, False)
+                stats = load_stats(p, g, s, h, query, True, False)
                 # The keys that some of the queries meet.
                 begin = keys_of(p, s, i).begin // BLOCK_KV * BLOCK_KV
                 end = keys_of(p, s, tl.minimum(i + BLOCK_Q, s.q_len) - 1).end
@@ -74,8 +74,8 @@ def mask_kernel(
                     )  # fmt: skip
                     is_kept = are_kept(p, s, queries, j, BLOCK_Q, BLOCK_KV)
                     grad_scores = differentiate(
-                        p, as_column(queries), stats_as_column(stats), key[None, :], products,
-                        grad_weights, is_kept, True, False,
+                        p, as_column(queries), stats_as_column(stats, False), key[None, :],
+                        products, grad_weights, is_kept, True, False,
                     )[1]  # fmt: skip
                     term = grad_scores - excess
                     next_total = total + term

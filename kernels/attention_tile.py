@@ -173,9 +173,9 @@ def addresses(x, b, h, rows, cols, VECTORIZED: tl.constexpr):
 
 
 @triton.jit
-def rows_on(x, n, VECTORIZED: tl.constexpr):
-    """How far away the row is that comes n later."""
-    offset = n * wide(x.row)
+def rows_on(x, heads, rows, VECTORIZED: tl.constexpr):
+    """How far away the rows are that come so many heads and rows later."""
+    offset = heads * wide(x.head) + rows * wide(x.row)
     if VECTORIZED:
         offset = tl.multiple_of(offset, 128 // x.data.dtype.element_ty.primitive_bitwidth)
     return offset
