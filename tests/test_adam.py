@@ -11,7 +11,7 @@ import bigkern
 from bigkern.ops import AdamGroup, adam_, grad_norm, reference
 from bigkern.testing import assert_as_accurate
 
-DEVICES = ["cpu", "emulated", "cuda"]
+DEVICES = ["cpu", "emulated", "triton", "triton sm_90", "cuda"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
