@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bigkern.kernels import adam_call, multi_tensor
-from bigkern.kernels.adam_call import AdamLists, Run, Staging, check, check_scalar
+from bigkern.kernels.adam_call import AdamLists, Run, Staging, check_scalar
 from bigkern.kernels.multi_tensor import load_scalar, pointer, scalar, store_scalar
 
 _TENSORS = 128  # of a program of _prepare
@@ -37,11 +37,11 @@ def _find_chunk(rows, chunks, ROW: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _load(stream, i, size, IS_VECTORIZED: tl.constexpr, other=0.0):
-    """Elements [i]; all are there where IS_VECTORIZED, and the first is at a multiple of 16 bytes."""
+def _load(stream, i, size, IS_VECTORIZED: tl.constexpr):
+    """Elements [i]; where IS_VECTORIZED, all are there, and begin at a multiple of 16 bytes."""
     if IS_VECTORIZED:
         return tl.load(tl.multiple_of(stream + i, 16))
-    return tl.load(stream + i, i < size, other=other)
+    return tl.load(stream + i, i < size, other=0.0)
 
 
 @triton.jit
@@ -120,7 +120,7 @@ def _prepare(
     has_inf = (check_inf != 0) & ~(tl.abs(norm) < float("inf"))
     skips = has_inf | (load_scalar(found_inf) != 0)
     is_first = tl.program_id(0) == 0
-    store_scalar(found_inf, norm * 0 + 1, is_first & has_inf)
+    store_scalar(found_inf, tl.full([], 1, tl.float64), is_first & has_inf)
     store_scalar(grad_norm_out, norm, is_first)
 
     tensor = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -241,10 +241,6 @@ _DTYPES = {
 }
 
 
-def _launch_options(config: dict[str, int]) -> dict[str, int]:
-    return config | {"ROW": adam_call.ROW}
-
-
 def _partial_sums(runs: Sequence[Run], grads: Sequence[Tensor]) -> Tensor:
     """[chunks], float64, of all runs, one after another."""
     device = grads[0].device
@@ -257,7 +253,8 @@ def _partial_sums(runs: Sequence[Run], grads: Sequence[Tensor]) -> Tensor:
                 *_tables(run, grads),
                 sums[begin:],
                 DTYPE=_DTYPES[run.param_dtype],
-                **_launch_options(run.config),
+                ROW=adam_call.ROW,
+                **run.config,
             )
         begin += num_chunks
     return sums
@@ -313,14 +310,10 @@ def adam_(
     if not params:
         return
     device = params[0].device
-    check(
-        not check_inf or found_inf is not None,
-        lambda: "check_inf needs found_inf, to report what it found, got None",
-    )
-    check(
-        max_grad_norm is None or max_grad_norm >= 0,
-        lambda: f"max_grad_norm must be at least 0, got {max_grad_norm:g}",
-    )
+    if check_inf and found_inf is None:
+        raise ValueError("check_inf needs found_inf, to report what it found, got None")
+    if max_grad_norm is not None and not max_grad_norm >= 0:
+        raise ValueError(f"max_grad_norm must be at least 0, got {max_grad_norm:g}")
     scalars = (lr_tensor, grad_scale, found_inf, grad_norm, grad_norm_out)
     for name, tensor in zip(_SCALARS, scalars, strict=True):
         check_scalar(name, tensor, device)

@@ -1,7 +1,7 @@
 """The door of adam_ and grad_norm: what csrc/adam_call.h checks, and where the tensors lie."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate, chain
 from typing import NamedTuple
 
@@ -60,84 +60,62 @@ class Staging:
             original.copy_(copy)
 
 
-def check(condition: bool, message: Callable[[], str]) -> None:
-    if not condition:
-        raise ValueError(message())
-
-
 def check_scalar(name: str, tensor: Tensor | None, device: torch.device) -> None:
     if tensor is None:
         return
-    check(
-        tensor.numel() == 1 and tensor.dtype in _DTYPES[:2],
-        lambda: (
-            f"{name} must be one torch.float32 or torch.float64, got {tensor.dtype} "
-            f"{[*tensor.shape]}"
-        ),
-    )
-    check_device(name, tensor, device)
+    if tensor.numel() != 1 or tensor.dtype not in (torch.float32, torch.float64):
+        got = f"{tensor.dtype} {[*tensor.shape]}"
+        raise ValueError(f"{name} must be one torch.float32 or torch.float64, got {got}")
+    _check_device(name, tensor, device)
 
 
-def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    check(
-        tensor.device == device,
-        lambda: f"{name} must be on {device} like the first tensor, got {tensor.device}",
-    )
+def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device} like the first tensor, got {tensor.device}")
 
 
 def _check_dtype(name: str, tensor: Tensor) -> None:
-    check(
-        tensor.dtype in _DTYPES,
-        lambda: f"{name} must be torch.float32, float64, float16 or bfloat16, got {tensor.dtype}",
-    )
+    if tensor.dtype not in _DTYPES:
+        wanted = "torch.float32, float64, float16 or bfloat16"
+        raise ValueError(f"{name} must be {wanted}, got {tensor.dtype}")
 
 
-def check_lengths(lists: AdamLists, amsgrad: bool) -> None:
+def _check_lengths(lists: AdamLists, amsgrad: bool) -> None:
     n = len(lists.params)
     wanted = dict.fromkeys(AdamLists._fields, n)
     wanted["max_exp_avg_sqs"] = n if amsgrad else 0
     wanted["master_params"] = n if lists.master_params else 0
-    for name, tensors in lists._asdict().items():
-        check(
-            len(tensors) == wanted[name],
-            lambda name=name, got=len(tensors): (
-                f"{name} must have {wanted[name]} tensors for {n} params, got {got}"
-            ),
-        )
+    for (name, tensors), want in zip(lists._asdict().items(), wanted.values(), strict=True):
+        if len(tensors) != want:
+            raise ValueError(f"{name} must have {want} tensors for {n} params, got {len(tensors)}")
 
 
 def _check_tensors(lists: AdamLists, i: int, device: torch.device) -> None:
-    param = lists.params[i]
+    param, state_dtype = lists.params[i], lists.exp_avgs[i].dtype
     _check_dtype(f"params[{i}]", param)
-    is_half, state_dtype = param.dtype in _HALVES, lists.exp_avgs[i].dtype
-    or_float = " or torch.float32" if is_half else ""
-    check(
-        state_dtype == param.dtype or (is_half and state_dtype == torch.float32),
-        lambda: (
-            f"exp_avgs[{i}] must be {param.dtype}{or_float} like its parameter, got {state_dtype}"
-        ),
-    )
-    check(
-        is_half or not lists.master_params,
-        lambda: f"master_params[{i}] is for float16 and bfloat16 parameters, got {param.dtype}",
-    )
-    wanted = dict.fromkeys(("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"), state_dtype)
-    wanted |= {"params": param.dtype, "grads": param.dtype, "master_params": torch.float32}
-    for name, dtype in wanted.items():
-        if not getattr(lists, name):
-            continue
-        tensor, item = getattr(lists, name)[i], f"{name}[{i}]"
-        check(
-            tensor.dtype == dtype,
-            lambda t=tensor, item=item, want=dtype: f"{item} must have dtype {want}, got {t.dtype}",
-        )
-        check(
-            tensor.shape == param.shape,
-            lambda t=tensor, item=item: (
-                f"{item} must have shape {[*param.shape]}, got {[*t.shape]}"
-            ),
-        )
-        check_device(item, tensor, device)
+    is_half = param.dtype in _HALVES
+    if state_dtype != param.dtype and not (is_half and state_dtype == torch.float32):
+        wanted = f"{param.dtype}{' or torch.float32' if is_half else ''} like its parameter"
+        raise ValueError(f"exp_avgs[{i}] must be {wanted}, got {state_dtype}")
+    if lists.master_params and not is_half:
+        wanted = "is for float16 and bfloat16 parameters"
+        raise ValueError(f"master_params[{i}] {wanted}, got {param.dtype}")
+    dtypes = {
+        "params": param.dtype,
+        "grads": param.dtype,
+        "exp_avgs": state_dtype,
+        "exp_avg_sqs": state_dtype,
+        "max_exp_avg_sqs": state_dtype,
+        "master_params": torch.float32,
+    }
+    for name, dtype in dtypes.items():
+        for tensor in getattr(lists, name)[i : i + 1]:
+            if tensor.dtype != dtype:
+                raise ValueError(f"{name}[{i}] must have dtype {dtype}, got {tensor.dtype}")
+            if tensor.shape != param.shape:
+                want, got = [*param.shape], [*tensor.shape]
+                raise ValueError(f"{name}[{i}] must have shape {want}, got {got}")
+            _check_device(f"{name}[{i}]", tensor, device)
     check_scalar("state_steps", lists.state_steps[i], device)
 
 
@@ -179,7 +157,7 @@ def checked_call(lists: AdamLists, amsgrad: bool, staging: Staging) -> tuple[Ada
     What was seen to be right is known again by its addresses, where nothing is staged: to check
     thousands of tensors takes longer than the step.
     """
-    check_lengths(lists, amsgrad)
+    _check_lengths(lists, amsgrad)
     key = (
         tuning.architecture(),
         *((t.dtype, t.shape, t.stride()) for t in (*lists.params, *lists.grads)),
@@ -241,10 +219,11 @@ def new_run(
 
 def checked_gradients(grads: list[Tensor]) -> tuple[list[Tensor], list[Run]]:
     """The arguments of grad_norm, contiguous where they aren't dense."""
-    check(len(grads) > 0, lambda: "grads must have at least one tensor")
+    if not grads:
+        raise ValueError("grads must have at least one tensor")
     for i, grad in enumerate(grads):
         _check_dtype(f"grads[{i}]", grad)
-        check_device(f"grads[{i}]", grad, grads[0].device)
+        _check_device(f"grads[{i}]", grad, grads[0].device)
     grads = [grad if _is_dense(grad) else grad.contiguous() for grad in grads]
     by_dtype = defaultdict(list)
     for i, grad in enumerate(grads):

@@ -11,6 +11,7 @@ from torch import nn
 import bigkern
 
 OWN = {"max_grad_norm", "state_dtype", "master_weights"}
+DEVICES = ["cpu", "triton", "cuda"]
 
 
 @pytest.mark.parametrize(("ours", "theirs"), PAIRS)
