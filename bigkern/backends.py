@@ -69,6 +69,7 @@ def _look_up(op: str, backend: str) -> None:
         for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
         if has_kernel(f"{NAMESPACES[backend]}::{op}", key)
     )
+<<<<<<< HEAD
 
 
 def refresh(backend: str) -> None:
@@ -76,6 +77,9 @@ def refresh(backend: str) -> None:
     for op, by_backend in _available.items():
         if backend in by_backend:
             _look_up(op, backend)
+=======
+    torch.library.register_fake(f"{namespace}::{op}", _fakes[op], allow_override=True)
+>>>>>>> main
 
 
 def available(op: str, device_type: str) -> list[str]:
