@@ -58,7 +58,7 @@ def _add(op: str, backend: str) -> None:
     namespace = NAMESPACES[backend]
     if not hasattr(getattr(torch.ops, namespace), op):
         return
-    torch.library.register_fake(f"{namespace}::{op}", _fakes[op])
+    torch.library.register_fake(f"{namespace}::{op}", _fakes[op], allow_override=True)
     _look_up(op, backend)
 
 
@@ -69,7 +69,6 @@ def _look_up(op: str, backend: str) -> None:
         for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
         if has_kernel(f"{NAMESPACES[backend]}::{op}", key)
     )
-<<<<<<< HEAD
 
 
 def refresh(backend: str) -> None:
@@ -77,9 +76,6 @@ def refresh(backend: str) -> None:
     for op, by_backend in _available.items():
         if backend in by_backend:
             _look_up(op, backend)
-=======
-    torch.library.register_fake(f"{namespace}::{op}", _fakes[op], allow_override=True)
->>>>>>> main
 
 
 def available(op: str, device_type: str) -> list[str]:
