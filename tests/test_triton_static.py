@@ -14,6 +14,7 @@ from triton.language import float32
 from triton.runtime.errors import OutOfResources
 
 from bigkern.kernels import tuning
+from bigkern.kernels.tuning.calls import call_of
 
 ROWS = [
     pytest.param(architecture, row, id="-".join([architecture, row["op"], *map(str, key)]))
@@ -26,13 +27,13 @@ ROWS = [
 @pytest.mark.parametrize(("architecture", "row"), ROWS)
 def test_rows_compile_and_fit(architecture, row, monkeypatch):
     monkeypatch.delenv("BIGKERN_TUNING", raising=False)
-    case = triton_cases.CASES[row["op"]]
-    kernels = triton_static.compiled(architecture, lambda: case.run(row))
+    call = call_of(row, "cpu", is_large=False)
+    kernels = triton_static.compiled(architecture, call)
     for kernel in kernels:
         assert kernel.spilled_bytes == 0, kernel.name
         assert kernel.smem <= triton_static.LIMITS[architecture], kernel.name
     by_name = {kernel.name: kernel for kernel in kernels}
-    for name, patterns in case.expected(row, architecture).items():
+    for name, patterns in triton_cases.EXPECTED[row["op"]](row, architecture).items():
         for pattern in patterns:
             assert re.search(pattern, by_name[name].assembly), f"{name} without {pattern}"
 
