@@ -10,6 +10,8 @@ from helpers import SMALL, interrupt_at
 from bigkern import libraries
 from bigkern.train.loop import train
 
+TRITON = {"triton": 80, "triton sm_90": 90}  # devices of tests, and what they compile for
+
 sys.path.append(str(Path(__file__).parent / "stand_ins"))  # what is installed comes first
 
 
@@ -36,7 +38,7 @@ def pytest_generate_tests(metafunc):
     if "device" in metafunc.fixturenames and all(mark.args[0] != "device" for mark in marks):
         devices = getattr(metafunc.module, "DEVICES", ["cpu", "cuda"])
         if metafunc.definition.get_closest_marker("slow"):  # the emulator would take days
-            devices = [d for d in devices if d != "emulated"]
+            devices = [d for d in devices if d in ("cpu", "cuda")]
         gpu = {"cuda": pytest.mark.gpu}
         params = [pytest.param(d, marks=gpu.get(d, ())) for d in devices]
         metafunc.parametrize("device", params, indirect=True)
@@ -44,11 +46,17 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def device(request):
-    """Where the tensors are; ops called on those of `emulated` run the CUDA kernels on the CPU."""
+    """Where the tensors are. With `emulated`, `triton` and `triton sm_90` it is the CPU, on which
+    ops run the CUDA kernels, and those of Triton for A100 and H100."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    if request.param != "emulated":
+    if request.param in ("cpu", "cuda"):
         yield request.param
+        return
+    if request.param in TRITON:
+        with request.getfixturevalue("triton_driver").backend(TRITON[request.param]) as driver:
+            yield "cpu"
+        assert driver.take_launches()
         return
     controls = request.getfixturevalue("emulated_ops")
     controls.set_schedule("random", seed=0)
@@ -56,6 +64,15 @@ def device(request):
     with emulator.ops.backend():
         yield "cpu"
     assert controls.take_launches()
+
+
+@pytest.fixture(scope="session")
+def triton_driver():
+    """The module."""
+    pytest.importorskip("triton", reason="torch for CPUs comes without Triton")
+    import triton_driver
+
+    return triton_driver
 
 
 @pytest.fixture(scope="session")
