@@ -39,10 +39,9 @@ def activate(x, activation):
         x = tl.where(x < 0.0, 0.0, x)
     elif activation == 2:
         x = x * (0.5 * tl.erf(x * 0.70710678) + 0.5)
-    elif activation == 3:
-        x = x / (1.0 + tl.exp(x * (x * x * (-0.044715 * 1.59576912) - 1.59576912)))
-    elif activation == 4:
-        x = x / (1.0 + tl.exp(-x))
+    elif activation >= 3:
+        slope = tl.where(activation == 3, x * x * (0.044715 * 1.59576912) + 1.59576912, 1.0)
+        x = x / (1.0 + tl.exp(-x * slope))
     return x
 
 
@@ -63,10 +62,8 @@ def finish(
     out_kind, has_col_scale, bias_kind, activation,
 ):  # fmt: skip
     """Y = act(sums * (row_scale x col_scale) + bias), rounded once; or the sums."""
-    mask = (i < M)[:, None] & (j < N)[None, :]
-    offsets = begin + i.to(tl.int64)[:, None] * out_row + j[None, :]
     if out_kind == 0:
-        tl.store(out.to(tl.pointer_type(tl.int32)) + offsets, sums, mask=mask)
+        store(out.to(tl.pointer_type(tl.int32)), sums, i, j, M, N, begin, out_row)
     else:
         is_col, col = j < N, first_col + j
         row_factor = tl.load(row_scale + i, mask=i < M, other=0.0)
@@ -74,12 +71,17 @@ def finish(
         y = sums.to(tl.float32) * (row_factor[:, None] * col_factor[None, :])
         y = activate(y + load_floats(bias, bias_kind, col, is_col)[None, :], activation)
         if out_kind == 1:
-            tl.store(out.to(tl.pointer_type(tl.float32)) + offsets, y, mask=mask)
+            store(out.to(tl.pointer_type(tl.float32)), y, i, j, M, N, begin, out_row)
         elif out_kind == 2:
-            y = y.to(tl.bfloat16)
-            tl.store(out.to(tl.pointer_type(tl.bfloat16)) + offsets, y, mask=mask)
+            store(out.to(tl.pointer_type(tl.bfloat16)), y, i, j, M, N, begin, out_row)
         else:
-            tl.store(out.to(tl.pointer_type(tl.float16)) + offsets, y.to(tl.float16), mask=mask)
+            store(out.to(tl.pointer_type(tl.float16)), y, i, j, M, N, begin, out_row)
+
+
+@triton.jit
+def store(out, y, i, j, M, N, begin, out_row):
+    out += begin + i.to(tl.int64)[:, None] * out_row + j[None, :]
+    tl.store(out, y, mask=(i < M)[:, None] & (j < N)[None, :])
 
 
 @triton.jit
@@ -144,12 +146,29 @@ def int8_mm_kernel(
         sums = tl.dot(a_tile, b_tile, sums, out_dtype=tl.int32)
         a += BLOCK_K
 
-    # Y = act(S * (row_scale x col_scale) + bias)
-    finish(
-        sums, i, j, M, N,
-        out, entry.to(tl.int64) * out_batch * ALIGN, out_row.to(tl.int64) * ALIGN,
-        row_scale, col_scale, bias, batch * N, out_kind, has_col_scale, bias_kind, activation,
-    )  # fmt: skip
+    # Y = act(S * (row_scale x col_scale) + bias); a quarter of many columns at a time, since
+    # registers are few
+    begin, row = entry.to(tl.int64) * out_batch * ALIGN, out_row.to(tl.int64) * ALIGN
+    if BLOCK_N < 256:
+        finish(
+            sums, i, j, M, N, out, begin, row,
+            row_scale, col_scale, bias, batch * N, out_kind, has_col_scale, bias_kind, activation,
+        )  # fmt: skip
+    else:
+        halves = halve(sums)
+        for n in tl.static_range(4):
+            j = tile_n * BLOCK_N + n * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
+            finish(
+                halve(halves[n // 2])[n % 2], i, j, M, N, out, begin, row,
+                row_scale, col_scale, bias, batch * N,
+                out_kind, has_col_scale, bias_kind, activation,
+            )  # fmt: skip
+
+
+@triton.jit
+def halve(x):
+    """The first and the second half of the columns."""
+    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
 
 
 @triton.jit(

@@ -14,7 +14,6 @@ from bigkern.kernels.int8_call import as_rows, check_stochastic, read_static_sca
 # Whose sum with x, from -127 to 127, has x in its last bits, rounded half to even: 1.5 * 2^23.
 ROUNDER = tl.constexpr(12582912.0)
 INFINITY = tl.constexpr(0x7F800000)
-NAN = tl.constexpr(float("nan"))
 # Columns of a row come in so many at a time where rows begin at multiples of it, else one by one.
 CHUNK = 16
 
@@ -31,8 +30,8 @@ def to_scale(largest, static_scale, is_static):
     scale = tl.div_rn(largest.to(tl.float32, bitcast=True), 127.0)
     if is_static:
         is_scale = (static_scale >= 0.0) & (magnitude(static_scale) < INFINITY)
-        scale = tl.where(is_scale, static_scale, NAN)
-    return tl.where(largest < INFINITY, scale, NAN)
+        scale = tl.where(is_scale, static_scale, float("nan"))
+    return tl.where(largest < INFINITY, scale, float("nan"))
 
 
 @triton.jit
