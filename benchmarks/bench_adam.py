@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from common import alternate, copy_bandwidth, main
+from common import alternate, copy_bandwidth, main, with_triton
 
 import bigkern
 
@@ -38,7 +38,7 @@ def test_step(benchmark, name, device):
         "torch foreach": make(SETS[name], torch.optim.Adam, device, foreach=True)[1].step,
         "torch loop": make(SETS[name], torch.optim.Adam, device, foreach=False)[1].step,
     }
-    alternate(benchmark, contenders, device)
+    alternate(benchmark, with_triton(contenders, device), device)
     elements = sum(math.prod(shape) for shape in SETS[name])
     benchmark.extra_info |= {
         "set": name,
@@ -77,7 +77,7 @@ def test_scaler_clip_step(benchmark, name, device):
         "torch fused": torch_step,
         "bigkern, torch's GradScaler": lambda: bigkern_step(stock_scaler),
     }
-    alternate(benchmark, contenders, device)
+    alternate(benchmark, with_triton(contenders, device), device)
     benchmark.extra_info |= {"set": name}
 
 

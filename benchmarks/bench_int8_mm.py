@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import alternate, copy_bandwidth, main, skip_without_kernels
+from common import alternate, copy_bandwidth, main, skip_without_kernels, with_triton
 from torch import nn
 from torch.nn import functional as F
 
@@ -72,7 +72,7 @@ def test_linear(benchmark, shape, device):
     else:
         contenders["torch bfloat16"] = lambda: linear(x)
     with torch.inference_mode():
-        alternate(benchmark, contenders, device)
+        alternate(benchmark, with_triton(contenders, device), device)
     benchmark.extra_info |= {"work": "linear", "shape": shape, **products(shape)}
 
 
@@ -90,7 +90,7 @@ def test_product(benchmark, shape, order, device):
         "bigkern": lambda: bigkern.int8_mm(a, b),
         "torch": lambda: torch._int_mm(a, b),
     }
-    alternate(benchmark, contenders, device, rounds=PRODUCT_ROUNDS)
+    alternate(benchmark, with_triton(contenders, device), device, rounds=PRODUCT_ROUNDS)
     work = {"work": f"product, b {order}", "shape": shape}
     benchmark.extra_info |= work | products(shape)
 
@@ -109,7 +109,7 @@ def test_weight_only(benchmark, dtype, side, device):
         "groups of 128": lambda: bigkern.weight_only_linear(x, weight_q, groups, group_size=128),
         "torch": lambda: F.linear(x, plain),
     }
-    alternate(benchmark, contenders, device)
+    alternate(benchmark, with_triton(contenders, device), device)
     work = {"work": "weight-only", "shape": (1, N, K), "dtype": dtype}
     benchmark.extra_info |= work | {"bytes": N * K, "roof": "copy"}
 

@@ -58,7 +58,7 @@ def _add(op: str, backend: str) -> None:
     namespace = NAMESPACES[backend]
     if not hasattr(getattr(torch.ops, namespace), op):
         return
-    torch.library.register_fake(f"{namespace}::{op}", _fakes[op])
+    torch.library.register_fake(f"{namespace}::{op}", _fakes[op], allow_override=True)
     _look_up(op, backend)
 
 

@@ -7,7 +7,7 @@ import torch
 from cuda_compiler import NoCompilerError
 from helpers import SMALL, interrupt_at
 
-from bigkern import libraries
+from bigkern import backends, libraries
 from bigkern.train.loop import train
 
 TRITON = {"triton": 80, "triton sm_90": 90}  # devices of tests, and what they compile for
@@ -37,19 +37,26 @@ def pytest_generate_tests(metafunc):
     marks = metafunc.definition.iter_markers("parametrize")
     if "device" in metafunc.fixturenames and all(mark.args[0] != "device" for mark in marks):
         devices = getattr(metafunc.module, "DEVICES", ["cpu", "cuda"])
+        if metafunc.definition.get_closest_marker("one_architecture"):
+            devices = [d for d in devices if d != "triton sm_90"]
         if metafunc.definition.get_closest_marker("slow"):  # the emulator would take days
             devices = [d for d in devices if d in ("cpu", "cuda")]
-        gpu = {"cuda": pytest.mark.gpu}
-        params = [pytest.param(d, marks=gpu.get(d, ())) for d in devices]
+        if {"triton", "cuda"} <= set(devices):
+            devices = [*devices, "cuda triton"]
+        params = [pytest.param(d, marks=[pytest.mark.gpu] if "cuda" in d else []) for d in devices]
         metafunc.parametrize("device", params, indirect=True)
 
 
 @pytest.fixture
 def device(request):
     """Where the tensors are. With `emulated`, `triton` and `triton sm_90` it is the CPU, on which
-    ops run the CUDA kernels, and those of Triton for A100 and H100."""
-    if request.param == "cuda" and not torch.cuda.is_available():
+    ops run the CUDA kernels, and those of Triton for A100 and H100; with `cuda triton` a GPU."""
+    if "cuda" in request.param and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+    if request.param == "cuda triton":
+        with backends.use("triton"):
+            yield "cuda"
+        return
     if request.param in ("cpu", "cuda"):
         yield request.param
         return

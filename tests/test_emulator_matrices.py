@@ -44,6 +44,30 @@ def test_tf32_ignores_the_lower_bits(run):
     assert (out == 1).all()
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "k"),
+    [("f16", torch.float16, 16), ("bf16", torch.bfloat16, 16), ("tf32", torch.float32, 8)],
+)
+@pytest.mark.parametrize(
+    ("products", "expected"),
+    [
+        ([1.5], 0),  # float32 rounds up
+        ([1, 1], 2),
+        ([0.75, 0.75], 0),  # each is cut
+        ([torch.inf], torch.inf),
+        ([torch.inf, -torch.inf], torch.nan),
+    ],
+)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_sums_are_cut_off_and_not_rounded(run, name, dtype, k, products, expected, sign):
+    """In units of half of the last place of the sum before, 1."""
+    a, b, out = torch.zeros(16, k), torch.full((8, k), 2.0**-12), torch.full((16, 8), float(sign))
+    a[:, : len(products)] = sign * 2.0**-12 * torch.tensor(products)
+    run(f"product_{name}", a.to(dtype), b.to(dtype), out)
+    expected = torch.full_like(out, sign * (1 + 2.0**-24 * expected))
+    assert torch.equal(out.nan_to_num(7), expected.nan_to_num(7))
+
+
 @pytest.mark.parametrize(("stride", "conflicts"), [(16, True), (24, False)])
 def test_ldmatrix(run, stride, conflicts):
     a, b = torch.randint(-100, 100, (16, 16)), torch.randint(-100, 100, (16, 8))

@@ -20,12 +20,15 @@ def int8_mm(a: Tensor, b: Tensor) -> Tensor:
     return (a.double() @ b.double()).long().int()
 
 
+def row_scale(x: Tensor) -> Tensor:
+    """By a division proper: by a number that isn't a tensor, a GPU multiplies by the reciprocal."""
+    largest = x.abs().amax(-1) if x.size(-1) else x.new_zeros(x.shape[:-1])
+    return largest / largest.new_full((), 127)
+
+
 def quantize_rows(x: Tensor, static_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     x = x.float()
-    if static_scale is None:
-        scale = x.abs().amax(-1) / 127 if x.size(-1) else x.new_zeros(x.shape[:-1])
-    else:
-        scale = static_scale.expand(x.shape[:-1])
+    scale = row_scale(x) if static_scale is None else static_scale.expand(x.shape[:-1])
     scale = torch.where(x.isfinite().all(-1), scale, math.nan)
     steps = (x / scale[..., None]).round().clamp(-127, 127)
     return torch.where(scale[..., None] > 0, steps, 0).to(torch.int8), scale

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bigkern.ops.reference import philox as philox_words
-from bigkern.ops.reference_int8 import int8_mm
+from bigkern.ops.reference_int8 import int8_mm, row_scale
 
 
 def uniform(philox: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -25,8 +25,7 @@ def quantize_rows_stochastic(
     x: Tensor, philox: Tensor, factor: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     x = x.float() if factor is None else x.float() * factor
-    scale = x.abs().amax(-1) / 127 if x.size(-1) else x.new_zeros(x.shape[:-1])
-    scale = torch.where(x.isfinite().all(-1), scale, math.nan)
+    scale = torch.where(x.isfinite().all(-1), row_scale(x), math.nan)
     steps = (x / scale[:, None] + uniform(philox, x.shape).to(x.device)).floor().clamp(-127, 127)
     return torch.where(scale[:, None] > 0, steps, 0).to(torch.int8), scale
 

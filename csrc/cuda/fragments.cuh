@@ -45,10 +45,13 @@ __device__ Fragment<T, kRegisters> to_fragment(const uint32_t (&raw)[kRegisters]
 template <class T>
 __device__ void multiply_add(float (&sum)[4], const Fragment<T, 4>& a, const Fragment<T, 4>& b, int first) {
   if constexpr (std::is_same_v<T, float>) {
-    multiply_add<T>(sum, a.small, b.small[first], b.small[first + 1]);
-    multiply_add<T>(sum, a.small, b.big[first], b.big[first + 1]);
-    multiply_add<T>(sum, a.big, b.small[first], b.small[first + 1]);
-    multiply_add<T>(sum, a.big, b.big[first], b.big[first + 1]);
+    float step[4] = {};  // tensor cores cut off where float32 rounds: sums over many steps would drift towards 0
+    multiply_add<T>(step, a.small, b.small[first], b.small[first + 1]);
+    multiply_add<T>(step, a.small, b.big[first], b.big[first + 1]);
+    multiply_add<T>(step, a.big, b.small[first], b.small[first + 1]);
+    multiply_add<T>(step, a.big, b.big[first], b.big[first + 1]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i] += step[i];
   } else {
     multiply_add<T>(sum, a.raw, b.raw[first], b.raw[first + 1]);
   }

@@ -138,7 +138,7 @@ def _link(out: Path, sources: Sources) -> None:
 
 def _runtime_object(source: Path) -> Path:
     includes = [f"-I{TORCH / 'include'}", f"-I{sysconfig.get_path('include')}"]
-    flags = [*_definitions(), *includes, "-isystem", _toolkit() / "include"]
+    flags = [*includes, "-isystem", _toolkit() / "include"]
     return _cached(
         f"runtime-{source.stem}",
         ".o",

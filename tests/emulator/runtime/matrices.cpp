@@ -16,39 +16,26 @@ void check_all_are_there(const Operation& o, uint32_t lanes) {
 // D = A B + C. Inputs are the registers of A (two for each of B), B and C.
 template <class T, int num_b>
 void multiply(const Operation& o, uint32_t* const* slots, uint32_t lanes) {
-  using Sum = typename T::Sum;
-  typedef Sum Row __attribute__((vector_size(kColumns * sizeof(Sum))));
   constexpr int kRegisters = 4 * num_b, kDepth = kRegisters * T::kPer;  // of a row of A or a column of B
   check_all_are_there(o, lanes);
-  alignas(32) uint32_t a_bits[kRows][kRegisters], b_bits[kColumns][kRegisters];
+  alignas(32) uint32_t a_bits[kRows][kRegisters], b_bits[kColumns][kRegisters], d[kRows][kColumns];
   for (int lane = 0; lane < kWarp; ++lane) {
     const uint32_t* mine = slots[lane];
     const int group = lane / 4, k = lane % 4;
     for (int r = 0; r < 2 * num_b; ++r) a_bits[group + r % 2 * 8][k + r / 2 * 4] = mine[o.inputs[r]];
     for (int r = 0; r < num_b; ++r) b_bits[group][k + r * 4] = mine[o.inputs[2 * num_b + r]];
+    for (int r = 0; r < 4; ++r) d[group + r / 2 * 8][2 * k + r % 2] = mine[o.inputs[3 * num_b + r]];
   }
-  alignas(64) float a[kRows][kDepth], b_transposed[kColumns][kDepth];
+  alignas(32) float a[kRows][kDepth], b_transposed[kColumns][kDepth];
   T::decode(a_bits[0], kRows * kRegisters, a[0]);
   T::decode(b_bits[0], kColumns * kRegisters, b_transposed[0]);
-  alignas(64) Sum b[kDepth][kColumns];
+  Floats b[kDepth];
   for (int k = 0; k < kDepth; ++k) {
     for (int column = 0; column < kColumns; ++column) b[k][column] = b_transposed[column][k];
   }
-  alignas(64) Sum d[kRows][kColumns];
-  for (int row = 0; row < kRows; row += 4) {
-    Row sums[4] = {};
-    for (int k = 0; k < kDepth; ++k) {
-      const Row b_row = *reinterpret_cast<const Row*>(b[k]);
-      for (int i = 0; i < 4; ++i) sums[i] += static_cast<Sum>(a[row + i][k]) * b_row;
-    }
-    for (int i = 0; i < 4; ++i) *reinterpret_cast<Row*>(d[row + i]) = sums[i];
-  }
+  for (auto& row : d) add_products<T>(row, a[&row - d], b, 1, kDepth);
   for (int lane = 0; lane < kWarp; ++lane) {
-    uint32_t* mine = slots[lane];
-    for (int r = 0; r < 4; ++r) {
-      const Sum sum = d[lane / 4 + r / 2 * 8][lane % 4 * 2 + r % 2];
-      mine[o.output + r] = T::add(sum, mine[o.inputs[3 * num_b + r]]);
-    }
+    for (int r = 0; r < 4; ++r) slots[lane][o.output + r] = d[lane / 4 + r / 2 * 8][lane % 4 * 2 + r % 2];
   }
 }
 

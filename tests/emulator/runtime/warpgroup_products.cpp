@@ -36,7 +36,6 @@ int column_of(int thread, int i) { return i / 4 * 8 + thread % 4 * 2 + i % 2; }
 
 template <class T>
 void multiply_warpgroup(const Site& site, const Product* products, uint32_t* const* sums) {
-  using Sum = typename T::Sum;
   constexpr int kDepth = kWords * T::kPer;
   const Product& first = products[0];
   static uint32_t a_bits[kRows][kWords], b_bits[kMaxColumns][kWords];
@@ -54,21 +53,23 @@ void multiply_warpgroup(const Site& site, const Product* products, uint32_t* con
   static float a[kRows][kDepth], b_transposed[kMaxColumns][kDepth];
   T::decode(a_bits[0], kRows * kWords, a[0]);
   T::decode(b_bits[0], first.n * kWords, b_transposed[0]);
-  static Sum b[kDepth][kMaxColumns], d[kRows][kMaxColumns];
+  alignas(32) static float b[kDepth][kMaxColumns];
+  alignas(32) static uint32_t d[kRows][kMaxColumns];
   const int sign = first.a_sign * first.b_sign;
   for (int k = 0; k < kDepth; ++k) {
     for (int column = 0; column < first.n; ++column) b[k][column] = sign * b_transposed[column][k];
   }
+  for (int t = 0; t < 4 * kWarp; ++t) {
+    for (int i = 0; i < first.n / 2; ++i) d[row_of(t, i)][column_of(t, i)] = first.accumulates ? sums[t][i] : 0;
+  }
   for (int row = 0; row < kRows; ++row) {
-    for (int column = 0; column < first.n; ++column) d[row][column] = 0;
-    for (int k = 0; k < kDepth; ++k) {
-      for (int column = 0; column < first.n; ++column) d[row][column] += static_cast<Sum>(a[row][k]) * b[k][column];
+    for (int column = 0; column < first.n; column += 8) {
+      const auto* b_columns = reinterpret_cast<const Floats*>(&b[0][column]);
+      add_products<T>(&d[row][column], a[row], b_columns, kMaxColumns / 8, kDepth);
     }
   }
   for (int t = 0; t < 4 * kWarp; ++t) {
-    for (int i = 0; i < first.n / 2; ++i) {
-      sums[t][i] = T::add(d[row_of(t, i)][column_of(t, i)], first.accumulates ? sums[t][i] : 0);
-    }
+    for (int i = 0; i < first.n / 2; ++i) sums[t][i] = d[row_of(t, i)][column_of(t, i)];
   }
 }
 
