@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bigkern.kernels import quantize_rows as quantization
+from bigkern.kernels import tuning
 from bigkern.kernels.int8_call import (
     as_rows,
     check,
@@ -225,25 +226,9 @@ def round_up(depth: int) -> int:
     return -(-depth // CHUNK.value) * CHUNK.value
 
 
-def tile_of(M: int, N: int) -> dict[str, int]:
-    if M <= 16:  # as fast as B is read
-        return dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=256, GROUP_M=8, num_warps=4, num_stages=4)
-    if M <= 64 or M * N <= 2**20:
-        return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, GROUP_M=8, num_warps=4, num_stages=4)
-    if M * N <= 2**23:
-        return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128, GROUP_M=8, num_warps=8, num_stages=4)
-    return dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=128, GROUP_M=8, num_warps=8, num_stages=4)
-
-
-def num_processors() -> int:
-    driver = triton.runtime.driver.active
-    properties = driver.utils.get_device_properties(driver.get_current_device())
-    return properties["multiprocessor_count"]
-
-
 def parts_of(K: int, num_tiles: int) -> int:
     """Parts of K, of 512 at least, where there are fewer tiles than processors."""
-    return max(1, min(num_processors() // max(num_tiles, 1), K // 512, 16))
+    return max(1, min(tuning.num_sms() // num_tiles, K // 512, 16))
 
 
 class Epilogue(NamedTuple):
@@ -280,7 +265,7 @@ def multiply(
     a = chunked(a)
     b_is_row_major = is_chunked(b) and not is_chunked(b.mT)
     b_rows = b if b_is_row_major else chunked(b.mT)
-    K, tile = a.size(2), tile_of(M, N)
+    K, tile = a.size(2), tuning.lookup("int8_mm", torch.int8, M=M, N=N)
     num_tiles = triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"])
     k_tiles = triton.cdiv(K, tile["BLOCK_K"])
     part_depth = max(triton.cdiv(k_tiles, parts_of(K, num_tiles * batch)), 1)

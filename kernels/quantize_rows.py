@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bigkern.kernels import tuning
 from bigkern.kernels.int8_call import as_rows, check_stochastic, read_static_scale
 
 # Whose sum with x, from -127 to 127, has x in its last bits, rounded half to even: 1.5 * 2^23.
@@ -134,19 +135,12 @@ def chunk_of(x: Tensor, *sizes: int) -> int:
     return CHUNK if is_aligned else 1
 
 
-def tile_of(K: int) -> dict[str, int]:
-    """Short rows share a program."""
-    if K <= 512:
-        return {"BLOCK_M": 8, "BLOCK_K": 256, "num_warps": 4}
-    return {"BLOCK_M": 1, "BLOCK_K": 4096, "num_warps": 8}
-
-
 def quantize(x: Tensor, values: Tensor, scale: Tensor, static_scale: Tensor | None) -> None:
     """Fills values [rows, K or more], with zeros beyond, and scale [rows] from x [rows, K]."""
     rows, K = x.shape
     if rows == 0:
         return
-    chunk, tile = chunk_of(x, K, values.size(1)), tile_of(K)
+    chunk, tile = chunk_of(x, K, values.size(1)), tuning.lookup("quantize_rows", x.dtype, K=K)
     quantize_rows_kernel[(triton.cdiv(rows, tile["BLOCK_M"]),)](
         x,
         values,
@@ -181,7 +175,7 @@ def quantize_rows_stochastic(
     values = torch.empty((M, K), dtype=torch.int8, device=x.device)
     scale = torch.empty(M, dtype=torch.float32, device=x.device)
     if M:
-        chunk, tile = chunk_of(x, K), tile_of(K)
+        chunk, tile = chunk_of(x, K), tuning.lookup("quantize_rows", x.dtype, K=K)
         quantize_rows_stochastic_kernel[(triton.cdiv(M, tile["BLOCK_M"]),)](
             x,
             values,
