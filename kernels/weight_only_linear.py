@@ -78,18 +78,16 @@ def weight_only_kernel(
     x += tl.minimum(i, M - 1).to(tl.int64)[:, None] * (x_row.to(tl.int64) * CHUNK)
     w += tl.minimum(j, N - 1).to(tl.int64)[None, :] * (w_row.to(tl.int64) * CHUNK)
 
-    # S = X @ W^T  [BLOCK_M, BLOCK_N], each step's sum times its group's scale
+    # S = X @ W^T  [BLOCK_M, BLOCK_N], the sum of steps' sums times their group's scale
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k_begin in range(0, K, BLOCK_K):
         k = k_begin + tl.arange(0, BLOCK_K)
         x_tile = tl.load(x + k[None, :], mask=(k < K)[None, :], other=0.0)
         w_tile = tl.load(w + k[:, None], mask=(k < K)[:, None], other=0).to(x_tile.dtype)
+        part = tl.dot(x_tile, w_tile, input_precision="ieee")
         if GROUPS == RUNS:
-            part = tl.dot(x_tile, w_tile, input_precision="ieee")
-            scales = load_scales(scale, j, k_begin, N, K, group_size, num_groups)
-            sums += part * scales[None, :]
-        else:
-            sums = tl.dot(x_tile, w_tile, sums, input_precision="ieee")
+            part *= load_scales(scale, j, k_begin, N, K, group_size, num_groups)[None, :]
+        sums += part
 
     # Y = S * scale + bias
     if GROUPS == ROWS:
@@ -120,7 +118,7 @@ def weight_only_linear(
         return out
     rows, weight = (chunked(matrix[None])[0] for matrix in (as_rows("x", x), weight_q))
     num_groups = scale.numel() // N if group_size else 1
-    groups = ROWS if num_groups < 2 else ANY if group_size % RUN.value else RUNS
+    groups = ROWS if num_groups == 1 else ANY if group_size % RUN.value else RUNS
     arguments = (
         rows,
         weight,
@@ -141,7 +139,7 @@ def weight_only_linear(
     else:
         tile = tuning.lookup("weight_only_linear", x.dtype, M=max(M, 16))
         if groups is RUNS:
-            tile["BLOCK_K"] = RUN.value
+            tile["BLOCK_K"] = min(tile["BLOCK_K"], RUN.value)
         grid = (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"]),)
         weight_only_kernel[grid](*arguments, GROUPS=groups, **tile)
     return out

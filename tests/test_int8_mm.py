@@ -364,3 +364,4 @@ def test_empty(device, shape):
         a, b = integers((*lead, M, K), device=device), integers((*lead, K, N), device=device)
         assert_equal(bigkern.int8_mm(a, b), reference.int8_mm(a, b))
     assert [t.shape for t in bigkern.quantize_rows(x[:0])] == [(0, K), (0,)]
+    assert [t.shape for t in bigkern.quantize_rows(bias)] == [(N,), ()]
