@@ -37,20 +37,18 @@ def _find_chunk(rows, chunks, ROW: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _load(stream, i, size, IS_VECTORIZED: tl.constexpr):
-    """Elements [i]; where IS_VECTORIZED, all are there, and begin at a multiple of 16 bytes."""
-    if IS_VECTORIZED:
-        return tl.load(tl.multiple_of(stream + i, 16))
-    return tl.load(stream + i, i < size, other=0.0)
+def _are_vectors(addresses, size, BLOCK: tl.constexpr):
+    """Whether a chunk is made of whole vectors of 16 elements, at multiples of 16 bytes."""
+    return ((addresses % 16 == 0) & (tl.minimum(size, BLOCK) % 16 == 0)).to(tl.int1)
 
 
 @triton.jit
-def _store(stream, i, x, size, IS_VECTORIZED: tl.constexpr):
-    x = x.to(stream.dtype.element_ty)
-    if IS_VECTORIZED:
-        tl.store(tl.multiple_of(stream + i, 16), x)
-    else:
-        tl.store(stream + i, x, i < size)
+def _elements(stream, size, ARE_VECTORS: tl.constexpr, BLOCK: tl.constexpr):
+    """Pointers to a chunk's elements [BLOCK], and which of them are there."""
+    i = tl.arange(0, BLOCK)
+    if ARE_VECTORS:
+        return tl.multiple_of(stream + i, 16), tl.max_constancy(i < size, 16)
+    return stream + i, i < size
 
 
 # ---- The norm, in float64: of float32 no square overflows ----
@@ -64,11 +62,12 @@ def _sum_of_squares(
     tensor, begin, size = _find_chunk(rows, chunks, ROW, BLOCK)
     address = tl.load(grads + tensor)
     grad = pointer(address, DTYPE) + begin
-    i = tl.arange(0, BLOCK)
-    if (size >= BLOCK) & (address % 16 == 0):
-        x = _load(grad, i, size, True)
+    if _are_vectors(address, size, BLOCK):
+        elements, mask = _elements(grad, size, True, BLOCK)
+        x = tl.load(elements, mask, other=0.0)
     else:
-        x = _load(grad, i, size, False)
+        elements, mask = _elements(grad, size, False, BLOCK)
+        x = tl.load(elements, mask, other=0.0)
     x = x.to(tl.float64)  # however it was loaded, the sum is the same bit for bit
     tl.store(sums + tl.program_id(0), tl.sum(x * x))
 
@@ -166,16 +165,21 @@ def _divide(x, y):
 @triton.jit
 def _update(
     param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, master_param, c, size,
-    AMSGRAD: tl.constexpr, MASTER: tl.constexpr, IS_VECTORIZED: tl.constexpr, BLOCK: tl.constexpr,
+    AMSGRAD: tl.constexpr, MASTER: tl.constexpr, ARE_VECTORS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     T: tl.constexpr = c.dtype.element_ty  # of the computation
-    i = tl.arange(0, BLOCK)
-    g = _load(grad, i, size, IS_VECTORIZED).to(T)
-    m = _load(exp_avg, i, size, IS_VECTORIZED).to(T)
-    v = _load(exp_avg_sq, i, size, IS_VECTORIZED).to(T)
+    grad, mask = _elements(grad, size, ARE_VECTORS, BLOCK)
+    exp_avg, mask = _elements(exp_avg, size, ARE_VECTORS, BLOCK)
+    exp_avg_sq, mask = _elements(exp_avg_sq, size, ARE_VECTORS, BLOCK)
+    max_exp_avg_sq, mask = _elements(max_exp_avg_sq, size, ARE_VECTORS, BLOCK)
+    master_param, mask = _elements(master_param, size, ARE_VECTORS, BLOCK)
+    param, mask = _elements(param, size, ARE_VECTORS, BLOCK)
+    g = tl.load(grad, mask).to(T)
+    m = tl.load(exp_avg, mask).to(T)
+    v = tl.load(exp_avg_sq, mask).to(T)
     if AMSGRAD:
-        max_v = _load(max_exp_avg_sq, i, size, IS_VECTORIZED).to(T)
-    p = _load(master_param if MASTER else param, i, size, IS_VECTORIZED).to(T)
+        max_v = tl.load(max_exp_avg_sq, mask).to(T)
+    p = tl.load(master_param if MASTER else param, mask).to(T)
 
     # g = grad * factor + l2 * param
     l2 = tl.load(c + 1)
@@ -184,17 +188,17 @@ def _update(
     # m = beta1 * m + (1 - beta1) * g;  v = beta2 * v + (1 - beta2) * g^2
     m = tl.fma(m, tl.load(c + 3), tl.load(c + 4) * g)
     v = tl.fma(v, tl.load(c + 5), tl.load(c + 6) * (g * g))
-    _store(exp_avg, i, m, size, IS_VECTORIZED)
-    _store(exp_avg_sq, i, v, size, IS_VECTORIZED)
+    tl.store(exp_avg, m, mask)
+    tl.store(exp_avg_sq, v, mask)
     if AMSGRAD:
         v = tl.where(max_v > v, max_v, v)  # v where either is NaN
-        _store(max_exp_avg_sq, i, v, size, IS_VECTORIZED)
+        tl.store(max_exp_avg_sq, v, mask)
     # param = decay * param - step_size * m / (sqrt(v) / sqrt(bias_correction2) + eps)
     denominator = tl.fma(_sqrt(v), tl.load(c + 8), tl.load(c + 9))
     p = tl.fma(_divide(m, denominator), tl.load(c + 7), p * tl.load(c + 2))
     if MASTER:
-        _store(master_param, i, p, size, IS_VECTORIZED)
-    _store(param, i, p, size, IS_VECTORIZED)
+        tl.store(master_param, p, mask)
+    tl.store(param, p, mask)
 
 
 @triton.jit(do_not_specialize=["found_inf"])
@@ -219,7 +223,7 @@ def _adam(
     exp_avg_sq = pointer(exp_avg_sq, STATE) + begin
     max_exp_avg_sq = pointer(max_exp_avg_sq, STATE) + begin
     master_param = pointer(master_param, tl.float32) + begin
-    if (size >= BLOCK) & (all_addresses % 16 == 0):
+    if _are_vectors(all_addresses, size, BLOCK):
         _update(
             param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, master_param, c, size,
             AMSGRAD, MASTER, True, BLOCK,

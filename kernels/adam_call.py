@@ -159,7 +159,7 @@ def checked_call(lists: AdamLists, amsgrad: bool, staging: Staging) -> tuple[Ada
     """
     _check_lengths(lists, amsgrad)
     key = (
-        tuning.architecture(),
+        tuning.state(),
         *((t.dtype, t.shape, t.stride()) for t in (*lists.params, *lists.grads)),
         *(tuple(t.data_ptr() for t in tensors) for tensors in lists),
     )

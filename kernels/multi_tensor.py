@@ -3,6 +3,7 @@ chunk of one."""
 
 import functools
 from collections.abc import Callable
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -33,9 +34,25 @@ def _new_table(values: tuple[int, ...], device: torch.device) -> Tensor:
     return table[: len(values)]
 
 
+@triton.jit
+def _number(counts, chunks):
+    """chunks[chunk] = tensor, for the chunks of a program's tensor."""
+    BLOCK: tl.constexpr = 1024
+    tensor = tl.program_id(0)
+    first = tl.load(counts + 2 * tensor)
+    count = tl.load(counts + 2 * tensor + 1)
+    for begin in range(0, count, BLOCK):
+        i = begin + tl.arange(0, BLOCK)
+        tl.store(chunks + first + i, tl.zeros([BLOCK], tl.int64) + tensor, i < count)
+
+
 def _new_chunks(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    """The tensor that each chunk is of: [sum(counts)] int64."""
-    return torch.repeat_interleave(table(counts, device), output_size=sum(counts))
+    """The tensor that each chunk is of, [sum(counts)] int64."""
+    firsts = accumulate(counts, initial=0)
+    firsts_and_counts = chain.from_iterable(zip(firsts, counts, strict=False))
+    chunks = torch.empty(sum(counts), dtype=torch.int64, device=device)
+    _number[(len(counts),)](_new_table(tuple(firsts_and_counts), device), chunks)
+    return chunks
 
 
 def _kept(make: Callable) -> Callable:

@@ -1,12 +1,16 @@
 """The tables of tile sizes that ship, and which row is taken."""
 
 import json
+import math
 
 import pytest
 import torch
 
-from bigkern import backends, triton_ops
+from bigkern import backends, triton_ops, tune
+from bigkern.cli import main
 from bigkern.kernels import tuning
+from bigkern.kernels.tuning import calls
+from bigkern.kernels.tuning.calls import call_of
 
 
 @pytest.mark.parametrize(
@@ -30,7 +34,7 @@ def test_each_architecture_has_a_table(architecture, table):
 def test_rows_are_complete(architecture):
     for row in tuning.rows(architecture):
         assert row.keys() == {"op", "dtype", "shape", "config", "source"}
-        assert row["op"] in triton_ops.OPS
+        assert row["op"] in calls._CALLS
         assert isinstance(getattr(torch, row["dtype"]), torch.dtype)
         assert all(isinstance(n, int) for n in (*row["shape"].values(), *row["config"].values()))
         assert row["config"].keys() >= {"num_warps", "num_stages"}
@@ -117,3 +121,73 @@ def test_the_namespace_has_the_ops_that_the_kernels_have():
         native = getattr(torch.ops.bigkern, op).default._schema
         assert str(schema).replace("bigkern_triton::", "bigkern::") == str(native)
     assert {op for op, by in backends.table().items() if "triton" in by} <= set(triton_ops.OPS)
+
+
+# ---- bigkern tune-kernels ----
+
+
+def test_the_search_goes_on_while_it_gains():
+    asked = []
+
+    def measure(config):
+        asked.append(config)
+        if config["num_warps"] == 16:
+            return math.inf
+        return abs(config["BLOCK"] - 1000) + 10 * config["num_stages"] + 100 / config["num_warps"]
+
+    start = {"BLOCK": 256, "num_warps": 4, "num_stages": 2}
+    old, best, new = tune.search(start, measure)
+    assert best == {"BLOCK": 1024, "num_warps": 8, "num_stages": 1}
+    assert (old, new) == (measure(start), measure(best))
+    assert len(asked) - 2 == len({tuple(config.items()) for config in asked})
+
+
+def test_a_gain_within_the_noise_is_none():
+    old, best, new = tune.search({"BLOCK": 8}, lambda config: 1.0 if config["BLOCK"] == 8 else 0.99)
+    assert (old, best, new) == (1.0, {"BLOCK": 8}, 1.0)
+
+
+def test_tuning_needs_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["tune-kernels", "--op", "adam_"]) == 1
+    assert "tune-kernels needs Triton and a GPU; see `bigkern info`" in capsys.readouterr().err
+
+
+def test_what_is_measured_is_taken_where_the_table_is_named(monkeypatch, tmp_path, capsys):
+    triton_static = pytest.importorskip("triton_static", reason="torch for CPUs has no Triton")
+    import triton.testing
+
+    times = iter([1.0, 0.5])
+    blocks = []
+
+    def do_bench(call, return_mode):
+        if len(blocks) < 2:
+            call()
+        blocks.append(tuning.lookup("adam_", torch.float32)["BLOCK"])
+        return next(times, 1.0)
+
+    small = lambda row, device, is_large: call_of(row, "cpu", is_large=False)  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
+    monkeypatch.setattr(calls, "call_of", small)
+    monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+    out, card = tmp_path / "table.json", triton_static.Compiler("sm_80")
+    with triton_static.backend_of(card):
+        shipped = tuning.lookup("adam_", torch.float32)
+        assert main(["tune-kernels", "--op", "adam_", "--out", str(out)]) == 0
+        assert sum(kernel.name == "_adam" for kernel in card.kernels) == 2
+        assert blocks[:2] == [shipped["BLOCK"], shipped["BLOCK"] // 2]
+        rows = json.loads(out.read_text())["sm_80"]
+        assert [row["dtype"] for row in rows] == ["float32", "bfloat16", "float64"]
+        assert rows[0]["config"] == shipped | {"BLOCK": shipped["BLOCK"] // 2}
+        assert rows[0]["source"]["card"] == "NVIDIA A100"
+        old_and_new = (
+            "num_stages 1 | 1.0000 | BLOCK 1024, num_warps 8, num_stages 1 | 0.5000 | 2.00"
+        )
+        assert old_and_new in capsys.readouterr().out
+
+        assert tuning.lookup("adam_", torch.float32) == shipped
+        monkeypatch.setenv("BIGKERN_TUNING", str(out))
+        assert tuning.lookup("adam_", torch.float32) == rows[0]["config"]
+        assert main(["tune-kernels", "--op", "foo", "--out", str(out)]) == 1
+        assert "--op must be one of adam_" in capsys.readouterr().err

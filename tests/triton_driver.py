@@ -56,7 +56,7 @@ class Driver(DriverBase):
         self._runs_op = False
         self.utils = self
         self.launcher_cls = lambda source, metadata: Launcher(self, source, metadata)
-        self._ptx: dict[str, Path] = {}
+        self._files: dict[str, dict[str, Path]] = {}
 
     # ---- What Triton asks ----
 
@@ -92,7 +92,7 @@ class Driver(DriverBase):
         return kind
 
     def load_binary(self, name: str, cubin: bytes, smem: int, device: int) -> tuple:
-        ptx = self._ptx[name].read_text()
+        ptx = self._files[name]["ptx"].read_text()
         try:
             controls = _program(name, ptx)
         except NoCompilerError as obstacle:
@@ -117,20 +117,21 @@ class Driver(DriverBase):
     @contextlib.contextmanager
     def active(self) -> Iterator["Driver"]:
         """Triton's launches go to the emulator."""
-        remember_ptx = lambda module, function, name, files, hash: self._ptx.update(  # noqa: E731
-            {name: Path(next(path for file, path in files.items() if file.endswith(".ptx")))}
-        )
+
+        def remember_files(module, function, name, files, hash):
+            self._files[name] = {Path(file).suffix[1:]: Path(path) for file, path in files.items()}
+
         drivers = triton.runtime.driver
         previous = drivers._active
         with _ask_for_addresses(self), knobs.cache.scope():
             knobs.cache.dir = str(build.CACHE / "triton")
-            knobs.runtime.kernel_load_start_hook.add(remember_ptx)
+            knobs.runtime.kernel_load_start_hook.add(remember_files)
             drivers.set_active(self)
             try:
                 yield self
             finally:
                 drivers.set_active(previous)
-                knobs.runtime.kernel_load_start_hook.remove(remember_ptx)
+                knobs.runtime.kernel_load_start_hook.remove(remember_files)
 
     @contextlib.contextmanager
     def op(self) -> Iterator[None]:
@@ -178,11 +179,17 @@ def backend(architecture: int) -> Iterator[Driver]:
     driver.set_schedule("random", seed=0)
     driver.find_races(False)
     driver.take_launches()
+    with backend_of(driver):
+        yield driver
+
+
+@contextlib.contextmanager
+def backend_of(driver: Driver) -> Iterator[None]:
     library = triton_ops.implement("CPU", lambda args: driver.op())
     try:
         backends.refresh("triton")
         with driver.active(), backends.use("triton"):
-            yield driver
+            yield
     finally:
         library._destroy()
         backends.refresh("triton")

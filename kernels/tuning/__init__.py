@@ -6,10 +6,12 @@ date and commit of a measurement. ``bigkern tune-kernels`` measures the card at 
 is used where ``BIGKERN_TUNING`` names the file.
 """
 
+import contextlib
 import functools
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +70,34 @@ def lookup(op: str, dtype: torch.dtype, **shape_class: int) -> dict[str, int]:
     >>> lookup("attention", torch.bfloat16, E=80)
     {'BLOCK_Q': 128, 'BLOCK_KV': 64, 'num_warps': 8, 'num_stages': 3}
     """
+    if op == _tried[0]:
+        return dict(_tried[1])
     shape = tuple(sorted(shape_class.items()))
-    return dict(_lookup(architecture(), op, dtype, shape, _users_file()))
+    return dict(_lookup(architecture(), users_table(), op, dtype, shape))
+
+
+_tried: tuple[str, Any] = ("", ())
+
+
+@contextlib.contextmanager
+def tried(op: str, config: dict[str, int]) -> Iterator[None]:
+    """All lookups of `op` give `config`."""
+    global _tried
+    previous, _tried = _tried, (op, tuple(config.items()))
+    try:
+        yield
+    finally:
+        _tried = previous
+
+
+def state() -> tuple:
+    """What lookups depend on."""
+    return architecture(), users_table(), _tried
 
 
 @functools.cache
 def _lookup(
-    architecture: str, op: str, dtype: torch.dtype, shape: tuple[tuple[str, int], ...], users: str
+    architecture: str, users: str, op: str, dtype: torch.dtype, shape: tuple[tuple[str, int], ...]
 ) -> dict[str, int]:
     candidates = [row for row in rows(architecture, users) if row["op"] == op]
     if not candidates:
@@ -90,7 +113,8 @@ def _distance(row: Row, dtype: torch.dtype, shape: dict[str, int]) -> tuple[floa
     return of_dtype, sum(doublings)
 
 
-def _users_file() -> str:
+def users_table() -> str:
+    """The file, if there is one."""
     return os.environ.get("BIGKERN_TUNING", "")
 
 

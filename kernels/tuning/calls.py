@@ -1,0 +1,94 @@
+"""Calls that take a row of a table: what is measured, and what is compiled to see that it fits."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import bigkern
+from bigkern.kernels.tuning import Row
+from bigkern.ops import adam_
+
+
+def call_of(row: Row, device: str, is_large: bool) -> Callable[[], object]:
+    """A call of the row's op, as large as is worth measuring, or as small as has the same kernels.
+
+    Raises:
+        KeyError: no such op.
+    """
+    return _CALLS[row["op"]](getattr(torch, row["dtype"]), device, is_large, **row["shape"])
+
+
+def _adam(dtype: torch.dtype, device: str, is_large: bool) -> Callable[[], object]:
+    params = [torch.zeros(2**26 if is_large else 128, dtype=dtype, device=device)]
+    grads, exp_avgs, exp_avg_sqs = ([torch.zeros_like(params[0])] for _ in range(3))
+    lists = (params, grads, exp_avgs, exp_avg_sqs, [], [torch.zeros((), device=device)])
+    options = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+    return lambda: adam_(*lists, **options, max_grad_norm=1.0)
+
+
+def _attention_inputs(
+    dtype: torch.dtype, device: str, is_large: bool, E: int, L: int
+) -> list[Tensor]:
+    """Query, key, value; few queries have a long cache of keys."""
+    S = L if L >= 128 else 8192
+    heads = max(1, (2**15 if L >= 128 else 2**18) // S) if is_large else 1
+    return [torch.randn(1, heads, n, E, device=device).to(dtype) for n in (L, S, S)]
+
+
+def _attention(
+    dtype: torch.dtype, device: str, is_large: bool, E: int, L: int = 4096
+) -> Callable[[], object]:
+    inputs = _attention_inputs(dtype, device, is_large, E, L)
+    return lambda: bigkern.scaled_dot_product_attention(*inputs)
+
+
+def _attention_backward(
+    dtype: torch.dtype, device: str, is_large: bool, E: int, L: int = 4096
+) -> Callable[[], object]:
+    inputs = [x.requires_grad_() for x in _attention_inputs(dtype, device, is_large, E, L)]
+    out = None
+
+    def call() -> object:
+        nonlocal out
+        out = bigkern.scaled_dot_product_attention(*inputs) if out is None else out
+        return torch.autograd.grad(out, inputs, out, retain_graph=True)
+
+    return call
+
+
+def _int8(rows: int, columns: int, device: str) -> Tensor:
+    return torch.randint(-128, 128, (rows, columns), dtype=torch.int8, device=device)
+
+
+def _int8_mm(
+    dtype: torch.dtype, device: str, is_large: bool, M: int, N: int | None = None
+) -> Callable[[], object]:
+    N, K = N or 4096, 4096 if is_large else 512
+    a, b = _int8(M, K, device), _int8(N, K, device)
+    return lambda: bigkern.int8_mm(a, b.T)
+
+
+def _quantize_rows(dtype: torch.dtype, device: str, is_large: bool, K: int) -> Callable[[], object]:
+    x = torch.randn(8192 if is_large else 16, K, device=device).to(dtype)
+    return lambda: bigkern.quantize_rows(x)
+
+
+def _weight_only_linear(
+    dtype: torch.dtype, device: str, is_large: bool, M: int
+) -> Callable[[], object]:
+    side = 8192 if is_large else 512
+    x, weight_q = torch.randn(M, side, device=device).to(dtype), _int8(side, side, device)
+    scale = torch.rand(side, device=device)
+    return lambda: bigkern.weight_only_linear(x, weight_q, scale)
+
+
+_CALLS = {
+    "adam_": _adam,
+    "attention": _attention,
+    "attention_keys": _attention_backward,
+    "attention_queries": _attention_backward,
+    "int8_mm": _int8_mm,
+    "quantize_rows": _quantize_rows,
+    "weight_only_linear": _weight_only_linear,
+}
