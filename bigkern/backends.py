@@ -83,6 +83,11 @@ def available(op: str, device_type: str) -> list[str]:
     return [backend for backend, devices in _available[op].items() if device_type in devices]
 
 
+def has(op: str, device_type: str) -> bool:
+    """Whether `select` finds a backend."""
+    return any(_forced in (None, backend) for backend in available(op, device_type))
+
+
 def table() -> dict[str, dict[str, tuple[str, ...]]]:
     """op -> backend -> device types that it runs on."""
     return {op: dict(backends) for op, backends in _available.items()}

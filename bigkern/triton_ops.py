@@ -24,14 +24,14 @@ OPS = {
     "adam_": "adam",
     "grad_norm": "adam",
     "attention": "attention",
-    "attention_backward": "attention",
-    "attention_weights": "attention",
+    "attention_backward": "attention_backward",
+    "attention_weights": "attention_weights",
     "int8_mm": "int8_mm",
     "int8_scaled_mm": "int8_mm",
-    "quantize_rows": "int8_mm",
-    "quantize_rows_stochastic": "int8_mm",
     "int8_linear": "int8_mm",
-    "weight_only_linear": "int8_mm",
+    "quantize_rows": "quantize_rows",
+    "quantize_rows_stochastic": "quantize_rows",
+    "weight_only_linear": "weight_only_linear",
 }
 
 

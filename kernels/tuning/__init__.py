@@ -108,7 +108,8 @@ def _lookup(
 def _distance(row: Row, dtype: torch.dtype, shape: dict[str, int]) -> tuple[float, float]:
     other = getattr(torch, row["dtype"])
     of_dtype = 0 if other == dtype else 1 if other.itemsize == dtype.itemsize else 2
-    doublings = (abs(math.log2(max(n, 1) / shape.get(key, n))) for key, n in row["shape"].items())
+    sizes = ((n, shape.get(key, n)) for key, n in row["shape"].items())
+    doublings = (abs(math.log2(max(n, 1) / max(other_n, 1))) for n, other_n in sizes)
     return of_dtype, sum(doublings)
 
 
