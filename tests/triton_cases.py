@@ -18,8 +18,15 @@ PRODUCTS = {
 }
 
 
-def expected_of_adam(row: Row, architecture: str) -> dict[str, list[str]]:
+Expected = dict[str, list[str]]
+
+
+def expected_of_adam(row: Row, architecture: str) -> Expected:
     return {name: [VECTORS[architecture]] for name in ("_adam", "_sum_of_squares")}
+
+
+def expected_of_attention(row: Row, architecture: str) -> Expected:
+    return {}
 
 
 # op -> row, architecture -> kernel -> regular expressions
