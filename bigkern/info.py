@@ -34,7 +34,8 @@ def _gpus() -> list[str]:
 
 def _note(gpu: Any) -> str:
     if gpu.major < 8:
-        return "; older than sm_80, which the CUDA kernels need: use torch's, or BIGKERN_BACKEND=triton"
+        instead = "use torch's, or BIGKERN_BACKEND=triton"
+        return f"; older than sm_80, which the CUDA kernels need: {instead}"
     architecture = f"sm_{gpu.major}{gpu.minor}"
     table = tuning.table_for(architecture)
     return "" if table == architecture else f"; Triton's kernels have the tile sizes of {table}"

@@ -91,6 +91,7 @@ def scalar(tensor: Tensor | None) -> int:
 @triton.jit
 def load_scalar(encoded, mask=True):
     """As float64; 0 where there is none."""
+    encoded = encoded.to(tl.int64)  # the interpreter has made int32 of a small one
     is_double = (encoded & 1) != 0
     mask = mask & (encoded != 0)
     wide = tl.load(pointer(encoded & -2, tl.float64), mask & is_double, other=0.0)
@@ -100,6 +101,7 @@ def load_scalar(encoded, mask=True):
 
 @triton.jit
 def store_scalar(encoded, value, mask=True):
+    encoded = encoded.to(tl.int64)
     is_double = (encoded & 1) != 0
     mask = mask & (encoded != 0)
     tl.store(pointer(encoded & -2, tl.float64), value, mask & is_double)

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bigkern import info, libraries
+from bigkern import info, libraries, triton_ops
 from bigkern.kernels import tuning
 
 ROOT = Path(__file__).parents[1]
@@ -62,7 +62,8 @@ def test_info_names_versions_libraries_and_ops():
 
 
 @pytest.mark.skipif(
-    libraries.problems["_C_cuda"] is not None, reason="the table shows a build with CUDA"
+    libraries.problems["_C_cuda"] is not None or not triton_ops.is_installed(),
+    reason="the table shows a build with CUDA, and Triton",
 )
 def test_the_table_in_the_readme_is_what_runs():
     assert info.op_table() in (ROOT / "README.md").read_text()
