@@ -25,9 +25,33 @@ def expected_of_adam(row: Row, architecture: str) -> Expected:
     return {name: [VECTORS[architecture]] for name in ("_adam", "_sum_of_squares")}
 
 
-def expected_of_attention(row: Row, architecture: str) -> Expected:
-    return {}
+def expected_of_int8_mm(row: Row, architecture: str) -> Expected:
+    # Of 64 rows at least.
+    large = {
+        "sm_90": r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.s32\.s8\.s8",
+        "sm_100": r"tcgen05\.mma\.cta_group::1\.kind::i8",
+    }
+    small = r"mma\.sync\.aligned\.m16n8k32\.row\.col\.(satfinite\.)?s32\.s8\.s8"
+    if architecture == "gfx942":
+        return {"int8_mm_kernel": [r"v_mfma_i32\w*_i8"]}
+    product = large.get(architecture, small) if row["config"]["BLOCK_M"] >= 64 else small
+    return {"int8_mm_kernel": [product, COPIES[architecture]]}
+
+
+def expected_of_quantize_rows(row: Row, architecture: str) -> Expected:
+    return {"quantize_rows_kernel": [VECTORS[architecture]]}
+
+
+def expected_of_weight_only(row: Row, architecture: str) -> Expected:
+    if row["shape"]["M"] == 1:
+        return {"weight_only_row_kernel": [VECTORS[architecture]]}
+    return {"weight_only_kernel": []}
 
 
 # op -> row, architecture -> kernel -> regular expressions
-EXPECTED = {"adam_": expected_of_adam}
+EXPECTED = {
+    "adam_": expected_of_adam,
+    "int8_mm": expected_of_int8_mm,
+    "quantize_rows": expected_of_quantize_rows,
+    "weight_only_linear": expected_of_weight_only,
+}
