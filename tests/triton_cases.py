@@ -1,5 +1,6 @@
-"""What the assembly of each op's kernels must have, by the op that a table of tile sizes names."""
+"""The kernels that a row of a table of tile sizes is for, and what their assembly must have."""
 
+from collections.abc import Callable
 from typing import Any
 
 Row = dict[str, Any]
@@ -48,9 +49,27 @@ def expected_of_weight_only(row: Row, architecture: str) -> Expected:
     return {"weight_only_kernel": []}
 
 
+def expected_of_attention(*kernels: str) -> Callable[[Row, str], Expected]:
+    def expected(row: Row, architecture: str) -> Expected:
+        if row["dtype"] == "float32":  # tensor cores would round the operands
+            return {name: [] for name in kernels}
+        rows = row["config"]["BLOCK_KV" if kernels == ("keys_kernel",) else "BLOCK_Q"]
+        is_small = rows < 64 and architecture in ("sm_90", "sm_100")
+        return {name: [PRODUCTS["sm_80" if is_small else architecture]] for name in kernels}
+
+    return expected
+
+
 # op -> row, architecture -> kernel -> regular expressions
 EXPECTED = {
     "adam_": expected_of_adam,
+    "attention": expected_of_attention("attention_kernel"),
+    "attention_extras": expected_of_attention("attention_kernel"),
+    "attention_keys": expected_of_attention("keys_kernel"),
+    "attention_keys_extras": expected_of_attention("keys_kernel"),
+    "attention_queries": expected_of_attention("queries_kernel"),
+    "attention_queries_extras": expected_of_attention("queries_kernel"),
+    "attention_mask": expected_of_attention("mask_kernel"),
     "int8_mm": expected_of_int8_mm,
     "quantize_rows": expected_of_quantize_rows,
     "weight_only_linear": expected_of_weight_only,
