@@ -63,16 +63,18 @@ def test_linear(benchmark, shape, device):
     x = torch.randn(M, K, device=device).to(dtype)
     weight, scale = bigkern.quantize_rows(linear.weight)
     packed = bigkern.pack_weight(weight) if available("pack_weight", device) else weight
-    contenders = {"bigkern": lambda: bigkern.int8_linear(x, packed, scale, linear.bias)}
+    not_packed = {"bigkern": lambda: bigkern.int8_linear(x, weight, scale, linear.bias)}
+    contenders = with_triton(not_packed, device)  # which takes a plain weight
+    contenders["bigkern"] = lambda: bigkern.int8_linear(x, packed, scale, linear.bias)
     if device == "cpu":
         dynamic = dynamically_quantized(linear)
-        contenders["not packed"] = lambda: bigkern.int8_linear(x, weight, scale, linear.bias)
+        contenders["not packed"] = not_packed["bigkern"]
         contenders["dynamic"] = lambda: dynamic(x)
         contenders["float32"] = lambda: linear(x)
     else:
         contenders["torch bfloat16"] = lambda: linear(x)
     with torch.inference_mode():
-        alternate(benchmark, with_triton(contenders, device), device)
+        alternate(benchmark, contenders, device)
     benchmark.extra_info |= {"work": "linear", "shape": shape, **products(shape)}
 
 

@@ -120,9 +120,13 @@ def check_linear_weight(weight_q: Tensor, weight_scale: Tensor, x: Tensor) -> No
     check_same_device("weight_q", weight_q, "x", x)
     check_terms("K", x.size(-1))
     check(
+        weight_q.dim() != 1,
+        f"weight_q must be the plain weight [N, K]: the backend triton reads no packed one, got "
+        f"{list(weight_q.shape)}",
+    )
+    check(
         weight_q.dim() == 2,
-        "weight_q must have shape [N, K] or be packed, and only the native backend packs: take the "
-        f"plain weight; got {list(weight_q.shape)}",
+        f"weight_q must have shape [N, K] or be packed, got {list(weight_q.shape)}",
     )
     check(
         weight_q.size(1) == x.size(-1),
@@ -177,6 +181,4 @@ def check_stochastic(x: Tensor, philox: Tensor, factor: Tensor | None) -> None:
             f"{list(factor.shape)}",
         )
     for t in (philox, philox if factor is None else factor):
-        check(
-            t.device == x.device, f"philox and factor must be on {x.device}, got {t.device}"
-        )
+        check(t.device == x.device, f"philox and factor must be on {x.device}, got {t.device}")

@@ -261,7 +261,7 @@ def multiply(
     batch, M, _ = a.shape
     N = b.size(2)
     if batch * M * N == 0:
-        return
+        return None
     a = chunked(a)
     b_is_row_major = is_chunked(b) and not is_chunked(b.mT)
     b_rows = b if b_is_row_major else chunked(b.mT)

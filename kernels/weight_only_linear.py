@@ -78,20 +78,19 @@ def weight_only_kernel(
     x += tl.minimum(i, M - 1).to(tl.int64)[:, None] * (x_row.to(tl.int64) * CHUNK)
     w += tl.minimum(j, N - 1).to(tl.int64)[None, :] * (w_row.to(tl.int64) * CHUNK)
 
-    # S = X @ W^T  [BLOCK_M, BLOCK_N], the sum of steps' sums times their group's scale
+    # S = X @ W^T * scale  [BLOCK_M, BLOCK_N], step by step: sums of products alone would be less
+    # exact in float32, since the dot product adds one at a time
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    scales = load_scales(scale, j, 0, N, K, group_size, num_groups)
     for k_begin in range(0, K, BLOCK_K):
         k = k_begin + tl.arange(0, BLOCK_K)
         x_tile = tl.load(x + k[None, :], mask=(k < K)[None, :], other=0.0)
         w_tile = tl.load(w + k[:, None], mask=(k < K)[:, None], other=0).to(x_tile.dtype)
-        part = tl.dot(x_tile, w_tile, input_precision="ieee")
         if GROUPS == RUNS:
-            part *= load_scales(scale, j, k_begin, N, K, group_size, num_groups)[None, :]
-        sums += part
+            scales = load_scales(scale, j, k_begin, N, K, group_size, num_groups)
+        sums += tl.dot(x_tile, w_tile, input_precision="ieee") * scales[None, :]
 
-    # Y = S * scale + bias
-    if GROUPS == ROWS:
-        sums *= tl.load(scale + j, mask=j < N, other=0.0)[None, :]
+    # Y = S + bias
     sums += load_floats(bias, bias_kind, j, j < N)[None, :]
     out += i.to(tl.int64)[:, None] * N + j[None, :]
     tl.store(out, sums, mask=(i < M)[:, None] & (j < N)[None, :])
@@ -128,7 +127,7 @@ def weight_only_linear(
         M,
         N,
         *(n // CHUNK.value for n in (rows.size(1), rows.stride(0), weight.stride(0))),
-        group_size,
+        group_size or max(K, 1),
         num_groups,
         KINDS[None if bias is None else bias.dtype],
     )

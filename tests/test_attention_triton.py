@@ -2,6 +2,7 @@
 takes seconds to compile, and in small tiles."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -23,7 +24,7 @@ from bigkern.ops import reference
 
 triton = pytest.importorskip("triton", reason="torch for CPUs comes without Triton")
 
-DEVICES = ["triton", "triton sm_90"]
+DEVICES = ["triton", "triton sm_90", "cuda"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
@@ -38,6 +39,9 @@ TILES = {
 
 @pytest.fixture(autouse=True)
 def small_tiles(tmp_path, monkeypatch):
+    """For the emulator: a GPU has those of its table."""
+    if torch.cuda.is_available():
+        return
     rows = []
     for op, by_length in TILES.items():
         for length, (block_q, block_kv) in by_length.items():
@@ -101,8 +105,8 @@ PACKED = {
 }  # fmt: skip
 
 CASES = PLAIN | EXTRAS | FEW_QUERIES | PACKED
-# The same code but for the products: not all of it.
-OF_SM_90 = {"causal, shared keys", "window", "lengths", "float32", "all", "dropout", "one"}
+# What has one kernel more each. On sm_90, only products differ.
+OF_BOTH = {"causal, shared keys", "window", "lengths", "all", "dropout", "one"}
 
 
 @pytest.fixture
@@ -119,13 +123,18 @@ def check(ops, case):
     )
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_accuracy(name, ops, request):
-    if request.node.callspec.params["device"] == "triton sm_90" and name not in OF_SM_90:
-        pytest.skip("has been compiled for sm_80: each takes seconds")
-    check(ops, CASES[name])
+@pytest.mark.parametrize("name", sorted(OF_BOTH))
+def test_accuracy(name, ops, device):
+    check(ops, replace(CASES[name], device=device))
 
 
+@pytest.mark.one_architecture
+@pytest.mark.parametrize("name", sorted(CASES.keys() - OF_BOTH))
+def test_accuracy_of_other_kernels(name, ops, device):
+    check(ops, replace(CASES[name], device=device))
+
+
+@pytest.mark.parametrize("device", ["triton", "triton sm_90"], indirect=True)
 @pytest.mark.parametrize("name", ["causal, shared keys", "all"])
 def test_same_bits_in_any_order_of_blocks(name, ops):
     """And with nothing that two threads touch unordered."""
@@ -140,28 +149,29 @@ def test_same_bits_in_any_order_of_blocks(name, ops):
 
 
 @pytest.mark.parametrize("seed_offset", SEEDS)
-def test_the_mask_of_dropout_is_the_documented_one(seed_offset, ops):
+def test_the_mask_of_dropout_is_the_documented_one(seed_offset, ops, device):
     B, H, L, S, E, p = 2, 3, 16, 133, 16, 0.4
-    philox = torch.tensor(seed_offset)
-    q, k, v = (torch.zeros(B, H, n, E, dtype=BRAIN) for n in (L, S, S))
+    philox = torch.tensor(seed_offset, device=device)
+    q, k, v = (torch.zeros(B, H, n, E, dtype=BRAIN, device=device) for n in (L, S, S))
     options = {"philox": philox, "dropout_p": p, "scale": 1.0}
     expected = reference.dropout_factors(philox, (B, H, L, S), p) > 0
     # Unit vectors as values, of some keys at a time, show the forward's.
     for j in range(0, S, E):
-        v.zero_()[:, :, j : j + E] = torch.eye(E)[: S - j]
+        v.zero_()[:, :, j : j + E] = torch.eye(E, device=device)[: S - j]
         out, *stats = ops.attention(q, k, v, **options)
         assert torch.equal(out[..., : S - j] > 0, expected[..., j : j + E])
     assert torch.equal(ops.attention_weights(q, k, *stats, **options) > 0, expected)
     # dV = W^T dO
-    grad_out = torch.eye(L, dtype=BRAIN).expand(B, H, L, L)
+    grad_out = torch.eye(L, dtype=BRAIN, device=device).expand(B, H, L, L)
     grad_value = ops.attention_backward(grad_out, None, q, k, v, out, *stats, **options)[2]
     assert torch.equal(grad_value.mT > 0, expected)
 
 
-def test_empty(ops):
+@pytest.mark.one_architecture
+def test_empty(ops, device):
     for B, L, E in [(0, 3, 7), (2, 0, 7), (2, 3, 0), (2, 3, 7)]:
         for S in (0, 5):
-            case = Case(HALF, B, 2, 2, L, S, E, 20)
+            case = Case(HALF, B, 2, 2, L, S, E, 20, device=device)
             outs, grads = raw_ops(ops, case, case.inputs(), case.tensors())
             assert [x.shape for x in grads[:3]] == [(B, 2, L, E), (B, 2, S, E), (B, 2, S, 20)]
             assert outs[0].shape == (B, 2, L, 20)

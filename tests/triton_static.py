@@ -1,15 +1,25 @@
-"""What Triton's compilers make of the kernels, for cards that needn't be there."""
+"""What Triton's compilers make of the kernels, for cards that needn't be there.
+
+python tests/triton_static.py ARCHITECTURE [OP]   # a table of all rows
+"""
 
 import json
+import multiprocessing
 import re
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import cubins
+import triton_cases
 from triton.backends.compiler import GPUTarget
 from triton_driver import Driver, backend_of
+
+from bigkern.kernels import tuning
+from bigkern.kernels.tuning import Row
+from bigkern.kernels.tuning.calls import call_of
 
 # Bytes of shared memory that a block can have.
 LIMITS = {
@@ -83,3 +93,45 @@ def compiled(architecture: str, call: Callable[[], object]) -> list[Kernel]:
     with backend_of(compiler):
         call()
     return compiler.kernels
+
+
+def compiled_row(architecture: str, row: Row) -> list[Kernel]:
+    return compiled(architecture, call_of(row, "cpu", is_large=False))
+
+
+def faults(architecture: str, row: Row) -> list[str]:
+    """What is wrong with the kernels whose tiles a row has."""
+    try:
+        kernels = compiled_row(architecture, row)
+    except Exception as error:  # OutOfResources, CompilationError
+        return [f"{row}: {type(error).__name__}: {error}"]
+    by_name, found = {kernel.name: kernel for kernel in kernels}, []
+    for name, patterns in triton_cases.EXPECTED[row["op"]](row, architecture).items():
+        kernel = by_name[name]
+        found += [f"{name} spills {kernel.spilled_bytes} bytes"] if kernel.spilled_bytes else []
+        found += [f"{name} without {p}" for p in patterns if not re.search(p, kernel.assembly)]
+    return [f"{row}: {fault}" for fault in found]
+
+
+def all_faults(architecture: str, rows: Sequence[Row]) -> list[str]:
+    """By as many processes as there are cores."""
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        jobs = [(architecture, row) for row in rows]
+        return [fault for found in pool.starmap(faults, jobs, chunksize=1) for fault in found]
+
+
+def main(architecture: str, op: str = "") -> None:
+    print("| op | dtype | shape | kernel | registers | spilled | shared | products |")
+    print("|---" * 8 + "|")
+    for row in tuning.rows(architecture):
+        if op not in ("", row["op"]):
+            continue
+        for kernel in compiled_row(architecture, row):
+            products = re.findall(r"mma\.sync|wgmma\.mma|tcgen05\.mma|v_mfma", kernel.assembly)
+            numbers = (kernel.registers, kernel.spilled_bytes, kernel.smem, len(products))
+            cells = (row["op"], row["dtype"], row["shape"], kernel.name, *numbers)
+            print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -80,8 +80,8 @@ INSTANTIATE_PRODUCT(Tf32)
 INSTANTIATE_PRODUCT(S8)
 INSTANTIATE_PRODUCT(S8Saturating)
 
-#define INSTANTIATE_LOAD(count)                                                            \
-  template void load_matrices<count, false>(const Operation&, uint32_t* const*, uint32_t); \
+#define INSTANTIATE_LOAD(count)                                                             \
+  template void load_matrices<count, false>(const Operation&, uint32_t* const*, uint32_t);  \
   template void load_matrices<count, true>(const Operation&, uint32_t* const*, uint32_t);   \
   template void store_matrices<count, false>(const Operation&, uint32_t* const*, uint32_t); \
   template void store_matrices<count, true>(const Operation&, uint32_t* const*, uint32_t);
