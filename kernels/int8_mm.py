@@ -150,7 +150,7 @@ def int8_mm_kernel(
     # Y = act(S * (row_scale x col_scale) + bias); a quarter of many columns at a time, since
     # registers are few
     begin, row = entry.to(tl.int64) * out_batch * ALIGN, out_row.to(tl.int64) * ALIGN
-    if BLOCK_N < 256:
+    if BLOCK_M * BLOCK_N < 128 * 128:
         finish(
             sums, i, j, M, N, out, begin, row,
             row_scale, col_scale, bias, batch * N, out_kind, has_col_scale, bias_kind, activation,
