@@ -18,11 +18,11 @@ from bigkern.kernels import quantize_rows as quantization
 from bigkern.kernels import tuning
 from bigkern.kernels.int8_call import (
     as_rows,
-    check,
     check_float,
     check_linear_weight,
     check_mm,
     check_scaled_mm,
+    read_activation,
     read_bias,
     read_static_scale,
     read_weight_scale,
@@ -30,7 +30,6 @@ from bigkern.kernels.int8_call import (
 
 CHUNK = tl.constexpr(16)
 KINDS = {None: 0, torch.int32: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 
 
 @triton.jit
@@ -237,7 +236,7 @@ class Epilogue(NamedTuple):
     row_scale: Tensor | None = None  # [M]
     col_scale: Tensor | None = None  # [batch * N]
     bias: Tensor | None = None  # [batch * N]
-    activation: str | None = None
+    activation: int = 0
 
     def arguments(self, out: Tensor) -> tuple[Tensor | int, ...]:
         """Of the kernels. Types are the same for any: what isn't there is another's memory."""
@@ -249,7 +248,7 @@ class Epilogue(NamedTuple):
             KINDS[out.dtype],
             int(self.col_scale is not None),
             KINDS[None if self.bias is None else self.bias.dtype],
-            ACTIVATIONS[self.activation],
+            self.activation,
         )
 
 
@@ -353,16 +352,12 @@ def int8_linear(
     x_scale = read_static_scale("x_scale", x_scale, x)
     out_dtype = out_dtype or x.dtype
     check_float("out_dtype", out_dtype)
-    check(
-        activation in ACTIVATIONS,
-        f"activation must be relu, gelu, gelu_tanh, silu or None, got {activation}",
-    )
     N, (M, K) = weight_q.size(0), rows.shape
     epilogue = Epilogue(
         torch.empty(M, dtype=torch.float32, device=x.device),
         read_weight_scale(weight_scale, x),
         read_bias(bias, x, N),
-        activation,
+        read_activation(activation),
     )
     values = torch.empty((M, round_up(K)), dtype=torch.int8, device=x.device)
     quantization.quantize(rows, values, epilogue.row_scale, x_scale)
