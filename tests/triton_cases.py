@@ -35,6 +35,10 @@ def expected_of_int8_mm(row: Row, architecture: str) -> dict[str, list[str]]:
     return {"int8_mm_kernel": [product, COPIES[architecture]]}
 
 
+def expected_of_int8_conv2d(row: Row, architecture: str) -> dict[str, list[str]]:
+    return dict.fromkeys(("image_magnitude_kernel", "quantize_images_kernel"), [])
+
+
 def expected_of_quantize_rows(row: Row, architecture: str) -> dict[str, list[str]]:
     return {"quantize_rows_kernel": [VECTORS[architecture]]}
 
@@ -48,6 +52,7 @@ def expected_of_weight_only(row: Row, architecture: str) -> dict[str, list[str]]
 # op -> row, architecture -> kernel -> regular expressions
 EXPECTED = {
     "adam_": expected_of_adam,
+    "int8_conv2d": expected_of_int8_conv2d,
     "int8_mm": expected_of_int8_mm,
     "quantize_rows": expected_of_quantize_rows,
     "weight_only_linear": expected_of_weight_only,
