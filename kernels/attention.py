@@ -226,8 +226,16 @@ def combine_kernel(p, parts, BLOCK_SPLITS: tl.constexpr, BLOCK_EV: tl.constexpr)
 
 # ---- Host ----
 
-WANTED_BLOCKS = 264  # two for each of an H100's 132 multiprocessors, whatever the card
+WANTED_BLOCKS = 264  # two for each of an H100's 132 multiprocessors
 LEAST_KEYS = 256  # of a split
+FEW_ROWS = 64
+
+
+def splits_of(call: Call, rows: int, heads_at_once: int) -> int:
+    """As many parts of the keys on every card, so that the result is the same."""
+    num_blocks = triton.cdiv(rows, 16) * call.heads // heads_at_once * call.batch
+    most = max(triton.cdiv(call.max_k_len, LEAST_KEYS), 1)
+    return min(max(WANTED_BLOCKS // num_blocks, 1), most)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, *tensors, **options):
@@ -243,16 +251,17 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *tensors, **options):
         return out, row_max, row_sum
     problem = call.problem(row_max, row_sum, out)
 
-    # Few queries of heads that share their keys are rows of one tile.
-    heads_at_once = call.group if call.max_q_len <= 64 else 1
+    # Few queries of heads that share their keys are rows of one tile, and have the keys split.
+    heads_at_once = call.group if call.max_q_len <= FEW_ROWS else 1
     rows = heads_at_once * call.max_q_len
+    is_few = rows <= FEW_ROWS
     E, Ev = query.size(-1), call.value_dim
     name = "attention" if call.is_plain else "attention_extras"
-    tile = tuning.lookup(name, query.dtype, E=max(block_of(E), block_of(Ev)), L=rows)
+    longest = max(block_of(E), block_of(Ev))
+    tile = tuning.lookup(name, query.dtype, E=longest, L=1 if is_few else 4096)
     num_tiles = triton.cdiv(rows, tile["BLOCK_Q"])
     num_blocks = num_tiles * call.heads // heads_at_once * call.batch
-    most = max(triton.cdiv(call.max_k_len, LEAST_KEYS), 1)
-    num_splits = min(max(WANTED_BLOCKS // num_blocks, 1), most)
+    num_splits = splits_of(call, rows, heads_at_once) if is_few else 1
     num_rows = call.batch * call.heads * call.max_q_len
     parts_of = [row_max] * 3
     if num_splits > 1:

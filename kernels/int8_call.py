@@ -191,6 +191,4 @@ def check_stochastic(x: Tensor, philox: Tensor, factor: Tensor | None) -> None:
             f"{list(factor.shape)}",
         )
     for t in (philox, philox if factor is None else factor):
-        check(
-            t.device == x.device, f"philox and factor must be on {x.device}, got {t.device}"
-        )
+        check(t.device == x.device, f"philox and factor must be on {x.device}, got {t.device}")

@@ -21,7 +21,7 @@ from bigkern.kernels.int8_call import (
     read_weight_scale,
 )
 from bigkern.kernels.int8_mm import Epilogue, multiply, round_up
-from bigkern.kernels.quantize_rows import magnitude, to_int8, to_scale
+from bigkern.kernels.quantize_rows import chunk_of, magnitude, to_int8, to_scale
 
 
 class Shape(NamedTuple):
@@ -50,8 +50,13 @@ class Shape(NamedTuple):
 
 
 @triton.jit(do_not_specialize=["size", "parts"])
-def image_magnitude_kernel(x, largest, size, parts, BLOCK: tl.constexpr):  # [N, size], [N]
+def image_magnitude_kernel(
+    x, largest,  # [N, size], [N]
+    size, parts,  # the first in units of CHUNK
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """A part of an image's max|x|; magnitudes are ordered as integers: any order gives the same."""
+    size *= CHUNK
     image, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     n = part.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     v = tl.load(x + image.to(tl.int64) * size + n, mask=n < size, other=0.0).to(tl.float32)
@@ -61,9 +66,10 @@ def image_magnitude_kernel(x, largest, size, parts, BLOCK: tl.constexpr):  # [N,
 @triton.jit(do_not_specialize=["size", "parts", "static_stride"])
 def quantize_images_kernel(
     x, values, scale, largest, static_scale,  # [N, size], [N, size], [N], [N], [N] or [1]
-    size, parts, static_stride, is_static,
-    BLOCK: tl.constexpr,
+    size, parts, static_stride, is_static,  # the first in units of CHUNK
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    size *= CHUNK
     image, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
     n = part.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     fixed = tl.load(static_scale + image * static_stride)
@@ -159,8 +165,7 @@ def read_shape(
     N, C, H, W = x.shape
     check(
         groups > 0 and C % groups == 0 and outputs % groups == 0,
-        "groups must divide the channels of x and of the output, "
-        f"{C} and {outputs}, got {groups}",
+        f"groups must divide the channels of x and of the output, {C} and {outputs}, got {groups}",
     )
     check(len(padding) == 4, f"padding must be of four sides, got {len(padding)}")
     for side in padding:
@@ -220,18 +225,19 @@ def quantize_images(
         return values, scale
     tile = tuning.lookup("int8_conv2d", x.dtype)
     size = x[0].numel()
-    parts = max(triton.cdiv(size, tile["BLOCK"]), 1)
-    image_magnitude_kernel[(N * parts,)](x, largest, size, parts, **tile)
+    parts, chunk = max(triton.cdiv(size, tile["BLOCK"]), 1), chunk_of(x.view(N, size), size)
+    image_magnitude_kernel[(N * parts,)](x, largest, size // chunk, parts, CHUNK=chunk, **tile)
     quantize_images_kernel[(N * parts,)](
         x,
         values,
         scale,
         largest,
         scale if x_scale is None else x_scale,
-        size,
+        size // chunk,
         parts,
         int(x_scale is not None and x_scale.numel() > 1),
         x_scale is not None,
+        CHUNK=chunk,
         **tile,
     )
     return values, scale

@@ -291,10 +291,11 @@ def multiply(
         )
 
     if num_parts == 1:
-        return launch(out, strides, epilogue)
-    parts = torch.empty((batch, num_parts, M, N), dtype=torch.int32, device=a.device)
-    launch(parts, (M * N, N), Epilogue())
-    add_parts(parts, out, strides, epilogue)
+        launch(out, strides, epilogue)
+    else:
+        parts = torch.empty((batch, num_parts, M, N), dtype=torch.int32, device=a.device)
+        launch(parts, (M * N, N), Epilogue())
+        add_parts(parts, out, strides, epilogue)
 
 
 def add_parts(parts: Tensor, out: Tensor, strides: tuple[int, int], epilogue: Epilogue) -> None:

@@ -288,6 +288,21 @@ def plain_with_gradients(case, inputs, tensors):
     return outs, grads
 
 
+def raw_ops(ops, case, inputs, tensors):
+    """All that they return, the two of a row as its log-sum-exp; the weights if not packed."""
+    options = case.raw_options()
+    outs = ops.attention(*inputs, *tensors, **options)
+    grads = ops.attention_backward(
+        *random_grads(case, outs[:2]), *inputs, *outs, *tensors, **options,
+        needs_mask_grad=case.mask.startswith("float"),
+    )  # fmt: skip
+    softmax = [
+        ops.attention_weights(*inputs[:2], *outs[1:], *tensors, **options, average_heads=average)
+        for average in (() if isinstance(case, PackedCase) else (False, True))
+    ]
+    return [outs[0], lse_of(*outs[1:]), *softmax], grads
+
+
 def check(actual, expected, baseline, factor=2.0):
     """assert_as_accurate; float64, where plain PyTorch is the reference itself, by torch's own
     measure of what is close."""

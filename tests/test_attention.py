@@ -21,9 +21,8 @@ from attention_helpers import (
     check_function,
     draw,
     in_dtype,
-    lse_of,
     plain_with_gradients,
-    random_grads,
+    raw_ops,
     run_function,
     run_reference,
     served,
@@ -113,31 +112,16 @@ def test_few_queries_of_many_keys(dtype, H, L, E, Ev, window):
     check_function(run_function, case)
 
 
-def _raw_ops(ops, case, inputs, tensors):
-    """All that they return, the two of a row as its log-sum-exp."""
-    options = case.raw_options()
-    outs = ops.attention(*inputs, *tensors, **options)
-    grads = ops.attention_backward(
-        *random_grads(case, outs[:2]), *inputs, *outs, *tensors, **options,
-        needs_mask_grad=case.mask.startswith("float"),
-    )  # fmt: skip
-    softmax = [
-        ops.attention_weights(*inputs[:2], *outs[1:], *tensors, **options, average_heads=average)
-        for average in (False, True)
-    ]
-    return [outs[0], lse_of(*outs[1:]), *softmax], grads
-
-
-def test_raw_ops(device):
+def testraw_ops(device):
     """With lengths of sequences, and masks together with is_causal."""
     ops = backends.select("attention", device)
 
     def check(case):
-        outs, grads = _raw_ops(ops, case, case.inputs(), case.tensors())
+        outs, grads = raw_ops(ops, case, case.inputs(), case.tensors())
         check_all(
             (outs, grads),
-            _raw_ops(reference, case, *in_dtype(case, torch.float64)),
-            baselines(partial(_raw_ops, reference), case),
+            raw_ops(reference, case, *in_dtype(case, torch.float64)),
+            baselines(partial(raw_ops, reference), case),
         )
         query, key, value = case.inputs()
         for actual, like in zip((outs[0], *grads), (query, query, key, value), strict=False):

@@ -18,11 +18,14 @@ PRODUCTS = {
 }
 
 
-def expected_of_adam(row: Row, architecture: str) -> dict[str, list[str]]:
+Expected = dict[str, list[str]]
+
+
+def expected_of_adam(row: Row, architecture: str) -> Expected:
     return {name: [VECTORS[architecture]] for name in ("_adam", "_sum_of_squares")}
 
 
-def expected_of_int8_mm(row: Row, architecture: str) -> dict[str, list[str]]:
+def expected_of_int8_mm(row: Row, architecture: str) -> Expected:
     # Of 64 rows at least.
     large = {
         "sm_90": r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.s32\.s8\.s8",
@@ -35,15 +38,16 @@ def expected_of_int8_mm(row: Row, architecture: str) -> dict[str, list[str]]:
     return {"int8_mm_kernel": [product, COPIES[architecture]]}
 
 
-def expected_of_int8_conv2d(row: Row, architecture: str) -> dict[str, list[str]]:
-    return dict.fromkeys(("image_magnitude_kernel", "quantize_images_kernel"), [])
+def expected_of_int8_conv2d(row: Row, architecture: str) -> Expected:
+    vectors = [VECTORS[architecture]]
+    return {"image_magnitude_kernel": vectors, "quantize_images_kernel": vectors}
 
 
-def expected_of_quantize_rows(row: Row, architecture: str) -> dict[str, list[str]]:
+def expected_of_quantize_rows(row: Row, architecture: str) -> Expected:
     return {"quantize_rows_kernel": [VECTORS[architecture]]}
 
 
-def expected_of_weight_only(row: Row, architecture: str) -> dict[str, list[str]]:
+def expected_of_weight_only(row: Row, architecture: str) -> Expected:
     if row["shape"]["M"] == 1:
         return {"weight_only_row_kernel": [VECTORS[architecture]]}
     return {"weight_only_kernel": []}

@@ -1,5 +1,6 @@
 """Calls that take a row of a table: what is measured, and what is compiled to see that it fits."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -38,21 +39,25 @@ def _attention_inputs(
 
 
 def _attention(
-    dtype: torch.dtype, device: str, is_large: bool, E: int, L: int = 4096
+    dtype: torch.dtype, device: str, is_large: bool, E: int, L: int = 4096, softcap: float = 0.0
 ) -> Callable[[], object]:
     inputs = _attention_inputs(dtype, device, is_large, E, L)
-    return lambda: bigkern.scaled_dot_product_attention(*inputs)
+    return lambda: bigkern.scaled_dot_product_attention(*inputs, softcap=softcap)
 
 
 def _attention_backward(
-    dtype: torch.dtype, device: str, is_large: bool, E: int, L: int = 4096
-) -> Callable[[], object]:
-    inputs = [x.requires_grad_() for x in _attention_inputs(dtype, device, is_large, E, L)]
+    dtype: torch.dtype, device: str, is_large: bool, E: int = 128, softcap: float = 0.0,
+    has_mask: bool = False,
+) -> Callable[[], object]:  # fmt: skip
+    inputs = _attention_inputs(dtype, device, is_large, E, 4096)
+    inputs += [torch.zeros(4096, 4096, dtype=dtype, device=device)] if has_mask else []
+    inputs = [x.requires_grad_() for x in inputs]
     out = None
 
     def call() -> object:
         nonlocal out
-        out = bigkern.scaled_dot_product_attention(*inputs) if out is None else out
+        if out is None:
+            out = bigkern.scaled_dot_product_attention(*inputs, softcap=softcap)
         return torch.autograd.grad(out, inputs, out, retain_graph=True)
 
     return call
@@ -94,8 +99,12 @@ def _weight_only_linear(
 _CALLS = {
     "adam_": _adam,
     "attention": _attention,
+    "attention_extras": functools.partial(_attention, softcap=30.0),
     "attention_keys": _attention_backward,
+    "attention_keys_extras": functools.partial(_attention_backward, softcap=30.0),
     "attention_queries": _attention_backward,
+    "attention_queries_extras": functools.partial(_attention_backward, softcap=30.0),
+    "attention_mask": functools.partial(_attention_backward, has_mask=True),
     "int8_conv2d": _int8_conv2d,
     "int8_mm": _int8_mm,
     "quantize_rows": _quantize_rows,
