@@ -16,6 +16,15 @@ from bigkern.testing import assert_as_accurate, max_error
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
+SEEDS = [
+    (0, 0),
+    (1, 2**32 - 1),
+    (-1, 0),
+    (2**63 - 1, 2**31),
+    (-(2**63), 5),
+    (2**32, 2**32 + 7),
+]  # and offset, of dropout
+
 # The same cases each time: a failure is seen by whoever made it. It prints the case as it is,
 # since a smaller one would only be luckier.
 draw = settings(
@@ -336,3 +345,23 @@ def check_function(run, case):
         with_gradients(run_reference, case, *in_dtype(case, torch.float64)),
         baselines(plain_with_gradients, case),
     )
+
+
+def small_inputs(q=(2, 4, 3, 8), k=(2, 4, 5, 8), v=(2, 4, 5, 6)):
+    return [torch.randn(s) for s in (q, k, v)]
+
+
+# What must be in the error -> what changes the arguments of the raw op so.
+RAW_ERRORS = {
+    "query": lambda a: a | {"query": a["query"][0]},
+    "key": lambda a: a | {"key": a["key"][:1]},
+    "value": lambda a: a | {"value": a["value"][:, :, :2]},
+    "attn_mask": lambda a: a | {"attn_mask": torch.zeros(3, 5)},
+    "alibi_slopes": lambda a: a | {"alibi_slopes": torch.zeros(7)},
+    "philox": lambda a: a | {"philox": torch.zeros(3, dtype=torch.int64), "dropout_p": 0.5},
+    "philox must be given": lambda a: a | {"dropout_p": 0.5},
+    "seqlens_q": lambda a: a | {"seqlens_q": torch.zeros(2)},
+    "seqlens_k": lambda a: a | {"seqlens_k": torch.tensor([1, 9], dtype=torch.int32)},
+    "dropout_p": lambda a: a | {"dropout_p": 1.5, "philox": torch.zeros(2, dtype=torch.int64)},
+    "softcap": lambda a: a | {"softcap": -1.0},
+}

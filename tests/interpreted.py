@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from bigkern import backends, triton_ops
+from bigkern import backends, scaled_dot_product_attention, triton_ops
 from bigkern.ops import adam_, grad_norm
 
 
@@ -26,6 +26,25 @@ def adam():
             for _ in range(3):
                 adam_(*lists, **options, max_grad_norm=1.0)
             results.append([*lists[0], *lists[2], grad_norm(grads)])
+    for native, interpreted in zip(*results, strict=True):
+        torch.testing.assert_close(interpreted, native)
+
+
+def attention():
+    """Of float32: the interpreter's products of bfloat16 are wrong."""
+    q, k, v = (torch.randn(1, 2, n, 8, requires_grad=True) for n in (5, 40, 40))
+    mask = torch.randn(5, 40, requires_grad=True)
+    options = {"dropout_p": 0.3, "softcap": 2.0, "window": (30, 0)}
+    results = []
+    for name in ("native", "triton"):
+        with backends.use(name):
+            generator = torch.Generator().manual_seed(0)
+            out, lse = scaled_dot_product_attention(
+                q, k, v, mask, return_lse=True, generator=generator, **options
+            )
+            grads = torch.autograd.grad(out.sum() + lse.sum(), (q, k, v, mask))
+            plain = scaled_dot_product_attention(q, k, v, is_causal=True)
+            results.append([out, lse, *grads, plain])
     for native, interpreted in zip(*results, strict=True):
         torch.testing.assert_close(interpreted, native)
 
