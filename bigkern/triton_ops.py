@@ -29,6 +29,7 @@ OPS = {
     "int8_mm": "int8_mm",
     "int8_scaled_mm": "int8_mm",
     "int8_linear": "int8_mm",
+    "int8_conv2d": "int8_conv2d",
     "quantize_rows": "quantize_rows",
     "quantize_rows_stochastic": "quantize_rows",
     "weight_only_linear": "weight_only_linear",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 # So many products of a quantized x, from -127 to 127, with a weight, from -128 on, fit int32.
 MAX_TERMS = (2**31 - 1) // (127 * 128)
 
@@ -69,6 +70,15 @@ def read_bias(bias: Tensor | None, x: Tensor, N: int) -> Tensor | None:
     check(bias.shape == (N,), f"bias must have shape [{N}], got {list(bias.shape)}")
     check_same_device("bias", bias, "x", x)
     return bias.contiguous()
+
+
+def read_activation(activation: str | None) -> int:
+    """Its number in the kernels."""
+    check(
+        activation in ACTIVATIONS,
+        f"activation must be relu, gelu, gelu_tanh, silu or None, got {activation}",
+    )
+    return ACTIVATIONS[activation]
 
 
 def check_mm(a: Tensor, b: Tensor) -> None:

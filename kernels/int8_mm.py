@@ -18,11 +18,11 @@ from bigkern.kernels import quantize_rows as quantization
 from bigkern.kernels import tuning
 from bigkern.kernels.int8_call import (
     as_rows,
-    check,
     check_float,
     check_linear_weight,
     check_mm,
     check_scaled_mm,
+    read_activation,
     read_bias,
     read_static_scale,
     read_weight_scale,
@@ -30,7 +30,6 @@ from bigkern.kernels.int8_call import (
 
 CHUNK = tl.constexpr(16)
 KINDS = {None: 0, torch.int32: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 
 
 @triton.jit
@@ -150,7 +149,7 @@ def int8_mm_kernel(
     # Y = act(S * (row_scale x col_scale) + bias); a quarter of many columns at a time, since
     # registers are few
     begin, row = entry.to(tl.int64) * out_batch * ALIGN, out_row.to(tl.int64) * ALIGN
-    if BLOCK_N < 256:
+    if BLOCK_M * BLOCK_N < 128 * 128:
         finish(
             sums, i, j, M, N, out, begin, row,
             row_scale, col_scale, bias, batch * N, out_kind, has_col_scale, bias_kind, activation,
@@ -237,7 +236,7 @@ class Epilogue(NamedTuple):
     row_scale: Tensor | None = None  # [M]
     col_scale: Tensor | None = None  # [batch * N]
     bias: Tensor | None = None  # [batch * N]
-    activation: str | None = None
+    activation: int = 0
 
     def arguments(self, out: Tensor) -> tuple[Tensor | int, ...]:
         """Of the kernels. Types are the same for any: what isn't there is another's memory."""
@@ -249,7 +248,7 @@ class Epilogue(NamedTuple):
             KINDS[out.dtype],
             int(self.col_scale is not None),
             KINDS[None if self.bias is None else self.bias.dtype],
-            ACTIVATIONS[self.activation],
+            self.activation,
         )
 
 
@@ -261,7 +260,7 @@ def multiply(
     batch, M, _ = a.shape
     N = b.size(2)
     if batch * M * N == 0:
-        return None
+        return
     a = chunked(a)
     b_is_row_major = is_chunked(b) and not is_chunked(b.mT)
     b_rows = b if b_is_row_major else chunked(b.mT)
@@ -292,10 +291,11 @@ def multiply(
         )
 
     if num_parts == 1:
-        return launch(out, strides, epilogue)
-    parts = torch.empty((batch, num_parts, M, N), dtype=torch.int32, device=a.device)
-    launch(parts, (M * N, N), Epilogue())
-    add_parts(parts, out, strides, epilogue)
+        launch(out, strides, epilogue)
+    else:
+        parts = torch.empty((batch, num_parts, M, N), dtype=torch.int32, device=a.device)
+        launch(parts, (M * N, N), Epilogue())
+        add_parts(parts, out, strides, epilogue)
 
 
 def add_parts(parts: Tensor, out: Tensor, strides: tuple[int, int], epilogue: Epilogue) -> None:
@@ -353,16 +353,12 @@ def int8_linear(
     x_scale = read_static_scale("x_scale", x_scale, x)
     out_dtype = out_dtype or x.dtype
     check_float("out_dtype", out_dtype)
-    check(
-        activation in ACTIVATIONS,
-        f"activation must be relu, gelu, gelu_tanh, silu or None, got {activation}",
-    )
     N, (M, K) = weight_q.size(0), rows.shape
     epilogue = Epilogue(
         torch.empty(M, dtype=torch.float32, device=x.device),
         read_weight_scale(weight_scale, x),
         read_bias(bias, x, N),
-        activation,
+        read_activation(activation),
     )
     values = torch.empty((M, round_up(K)), dtype=torch.int8, device=x.device)
     quantization.quantize(rows, values, epilogue.row_scale, x_scale)

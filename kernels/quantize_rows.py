@@ -41,6 +41,12 @@ def saturate(steps, scale):
     return tl.where(scale > 0.0, tl.minimum(tl.maximum(steps, -127.0), 127.0), 0.0)
 
 
+@triton.jit
+def to_int8(x, scale):
+    """round(x / scale), half to even; 0 where the scale is 0 or NaN."""
+    return (saturate(tl.div_rn(x, scale), scale) + ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)
+
+
 @triton.jit(do_not_specialize=["rows", "cols", "x_row", "values_row", "static_stride"])
 def quantize_rows_kernel(
     x, values, scale, static_scale,  # [rows, cols], [rows, values_row], [rows], [rows] or [1]
@@ -67,8 +73,7 @@ def quantize_rows_kernel(
     # q = x / s, rounded; 0 beyond the row's end
     for k in range(0, K_out, BLOCK_K):
         v = tl.load(x + k, mask=is_row[:, None] & (k + j < K)[None, :], other=0.0)
-        steps = saturate(tl.div_rn(v.to(tl.float32), s[:, None]), s[:, None])
-        q = (steps + ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)
+        q = to_int8(v.to(tl.float32), s[:, None])
         tl.store(values + k, q, mask=is_row[:, None] & (k + j < K_out)[None, :])
 
 

@@ -13,11 +13,6 @@ from triton.runtime.errors import OutOfResources
 from bigkern.kernels import tuning
 
 
-def first_of_each(rows):
-    """Of each op and dtype."""
-    return [*{(row["op"], row["dtype"]): row for row in reversed(rows)}.values()]
-
-
 @pytest.mark.parametrize("architecture", tuning.ARCHITECTURES)
 def test_rows_of_adam_compile_and_fit(architecture, monkeypatch):
     monkeypatch.delenv("BIGKERN_TUNING", raising=False)
@@ -29,12 +24,8 @@ def test_rows_of_adam_compile_and_fit(architecture, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", tuning.ARCHITECTURES)
 def test_rows_compile_and_fit(architecture, monkeypatch):
-    """All of those that run in the emulator too, the first of each op and dtype of others."""
     monkeypatch.delenv("BIGKERN_TUNING", raising=False)
-    rows = tuning.rows(architecture)
-    if architecture not in ("sm_80", "sm_90"):
-        rows = first_of_each(rows)
-    assert triton_static.all_faults(architecture, rows) == []
+    assert triton_static.all_faults(architecture, tuning.rows(architecture)) == []
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,11 @@ def expected_of_int8_mm(row: Row, architecture: str) -> Expected:
     return {"int8_mm_kernel": [product, COPIES[architecture]]}
 
 
+def expected_of_int8_conv2d(row: Row, architecture: str) -> Expected:
+    vectors = [VECTORS[architecture]]
+    return {"image_magnitude_kernel": vectors, "quantize_images_kernel": vectors}
+
+
 def expected_of_quantize_rows(row: Row, architecture: str) -> Expected:
     return {"quantize_rows_kernel": [VECTORS[architecture]]}
 
@@ -70,6 +75,7 @@ EXPECTED = {
     "attention_queries": expected_of_attention("queries_kernel"),
     "attention_queries_extras": expected_of_attention("queries_kernel"),
     "attention_mask": expected_of_attention("mask_kernel"),
+    "int8_conv2d": expected_of_int8_conv2d,
     "int8_mm": expected_of_int8_mm,
     "quantize_rows": expected_of_quantize_rows,
     "weight_only_linear": expected_of_weight_only,

@@ -97,7 +97,10 @@ class Driver(DriverBase):
             controls = _program(name, ptx)
         except NoCompilerError as obstacle:
             pytest.skip(str(obstacle))
-        return None, controls, 0, 0, 1024  # module, function, registers, spills, most threads
+        return controls, controls, 0, 0, 1024  # module, function, registers, spills, most threads
+
+    def unload_module(self, module: ModuleType) -> None:
+        pass
 
     # ---- The emulator's controls ----
 

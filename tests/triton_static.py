@@ -81,7 +81,7 @@ class Compiler(Driver):
 
     def load_binary(self, name: str, binary: bytes, smem: int, device: int) -> tuple:
         self.kernels.append(Kernel(name, self._files[name]))
-        return None, None, 0, 0, 1024
+        return self, None, 0, 0, 1024
 
     def launch(self, *args: Any) -> None:
         pass

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigkern import backends
+from bigkern import backends, triton_ops
 
 backends.register("adam_", fake=lambda *args, **kwargs: None)
 backends.register(
@@ -164,8 +164,9 @@ class AdamGroup:
     def step_(self, grads: Sequence[Tensor], **options: Any) -> None:
         """:func:`adam_` with its options and errors."""
         ops = backends.select("adam_", grads[0].device.type)
-        op, args = ops.adam_.default, (self.params, grads, *self._states)
-        if hasattr(ops, "adam_kept_"):  # compiled code keeps the lists
+        if ops.name == triton_ops.NAMESPACE:  # only compiled code keeps lists
+            op, args = ops.adam_.default, (self.params, grads, *self._states)
+        else:
             op, args = ops.adam_kept_.default, (self._kept, grads)
         _step(op, args, self.params, grads, **options)
 

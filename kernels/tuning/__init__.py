@@ -44,8 +44,13 @@ def architecture() -> str:
     from triton import knobs
     from triton.runtime import driver
 
-    if knobs.runtime.interpret:
-        return "sm_80"
+    return "sm_80" if knobs.runtime.interpret else _architecture(driver.active.get_current_device())
+
+
+@functools.cache
+def _architecture(device: Any) -> str:
+    from triton.runtime import driver
+
     target = driver.active.get_current_target()
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 import bigkern
 from bigkern.kernels.tuning import Row
 from bigkern.ops import adam_
+from bigkern.ops.int8_conv2d import int8_conv2d
 
 
 def call_of(row: Row, device: str, is_large: bool) -> Callable[[], object]:
@@ -74,6 +75,13 @@ def _int8_mm(
     return lambda: bigkern.int8_mm(a, b.T)
 
 
+def _int8_conv2d(dtype: torch.dtype, device: str, is_large: bool) -> Callable[[], object]:
+    batch, side = (32, 56) if is_large else (2, 8)
+    x = torch.randn(batch, 64, side, side, device=device).to(dtype)
+    weight_q, scale = _int8(64, 64 * 9, device).view(64, 64, 3, 3), torch.rand(64, device=device)
+    return lambda: int8_conv2d(x, weight_q, scale, padding=1)
+
+
 def _quantize_rows(dtype: torch.dtype, device: str, is_large: bool, K: int) -> Callable[[], object]:
     x = torch.randn(8192 if is_large else 16, K, device=device).to(dtype)
     return lambda: bigkern.quantize_rows(x)
@@ -97,6 +105,7 @@ _CALLS = {
     "attention_queries": _attention_backward,
     "attention_queries_extras": functools.partial(_attention_backward, softcap=30.0),
     "attention_mask": functools.partial(_attention_backward, has_mask=True),
+    "int8_conv2d": _int8_conv2d,
     "int8_mm": _int8_mm,
     "quantize_rows": _quantize_rows,
     "weight_only_linear": _weight_only_linear,
