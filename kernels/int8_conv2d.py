@@ -102,11 +102,13 @@ def gather_patches_kernel(
     k = index % depth_tiles * BLOCK_K + tl.arange(0, BLOCK_K)
     c, tap = k % channels, k // channels
     out_line = i // out_width
-    h = (out_line % out_height * stride_h - begin_h)[:, None] + tap // kernel_w * dilation_h
-    w = (i % out_width * stride_w - begin_w)[:, None] + tap % kernel_w * dilation_w
+    out_h, out_w = (out_line % out_height).to(tl.int32), (i % out_width).to(tl.int32)
+    h = (out_h * stride_h - begin_h)[:, None] + tap // kernel_w * dilation_h
+    w = (out_w * stride_w - begin_w)[:, None] + tap % kernel_w * dilation_w
     is_inside = (h >= 0) & (h < height) & (w >= 0) & (w < width) & (k < depth)
     x = images + (out_line // out_height * image)[:, None] + (group * channels + c) * channel
-    values = tl.load(x + h * line + w * pixel, mask=is_inside & (i < rows)[:, None], other=0)
+    x += h.to(tl.int64) * line + w.to(tl.int64) * pixel
+    values = tl.load(x, mask=is_inside & (i < rows)[:, None], other=0)
     to = patches + (group * rows + i)[:, None] * K + k
     tl.store(to, values, mask=(i < rows)[:, None] & (k < K))
 
@@ -249,7 +251,7 @@ def gather_patches(images: Tensor, s: Shape, channels_last: bool) -> Tensor:
     K, size = round_up(s.depth), s.channels * height * width
     channel, pixel = (1, s.channels) if channels_last else (height * width, 1)
     patches = torch.empty((s.groups, s.rows, K), dtype=torch.int8, device=images.device)
-    BLOCK_M, BLOCK_K = 32, 128
+    BLOCK_M, BLOCK_K = 16, 64
     tiles = triton.cdiv(s.rows, BLOCK_M), triton.cdiv(K, BLOCK_K)
     if patches.numel():
         gather_patches_kernel[(s.groups * tiles[0] * tiles[1],)](

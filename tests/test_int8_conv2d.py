@@ -13,7 +13,7 @@ from bigkern.ops.reference_int8 import ACTIVATIONS
 from bigkern.testing import assert_as_accurate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-DEVICES = ["cpu", "emulated", "triton sm_90", "cuda"]
+DEVICES = ["cpu", "emulated", "triton", "cuda"]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 
