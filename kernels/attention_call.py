@@ -250,7 +250,7 @@ class Call:
     def _mask(self, any_: Tensor) -> Mask:
         mask = self.attn_mask
         if mask is None:
-            return Mask(any_, 0, 0, 0, 0, 0)
+            return Mask(any_, 0, 0, 0, 1, 0)
         strides = [0 if n == 1 else x for n, x in zip(mask.shape, mask.stride(), strict=True)]
         data = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
         return Mask(data, *map(scaled, strides[:3]), strides[3], scaled(1))
