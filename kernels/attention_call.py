@@ -27,7 +27,7 @@ class Mask(NamedTuple):
     batch: int
     head: int
     row: int
-    col: int  # as it is: 1, which is the most common, is compiled in
+    col: int
     is_there: int
 
 
@@ -250,10 +250,10 @@ class Call:
     def _mask(self, any_: Tensor) -> Mask:
         mask = self.attn_mask
         if mask is None:
-            return Mask(any_, 0, 0, 0, 1, 0)
+            return Mask(any_, 0, 0, 0, 0, 0)
         strides = [0 if n == 1 else x for n, x in zip(mask.shape, mask.stride(), strict=True)]
         data = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-        return Mask(data, *map(scaled, strides[:3]), strides[3], scaled(1))
+        return Mask(data, *map(scaled, strides), scaled(1))
 
     def _slopes(self, any_: Tensor) -> Slopes:
         slopes = self.alibi_slopes

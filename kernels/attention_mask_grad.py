@@ -104,7 +104,7 @@ def mask_grad(call: Call, p: Problem, g: Gradients) -> Tensor:
     B, H, rows, cols = mask.shape
     tile = tuning.lookup("attention_mask", call.query.dtype)
     num_blocks = B * H * triton.cdiv(rows, tile["BLOCK_Q"]) * triton.cdiv(cols, tile["BLOCK_KV"])
-    strides = Mask(grad, *map(scaled, grad.stride()[:3]), 1, scaled(1))
+    strides = Mask(grad, *map(scaled, grad.stride()), scaled(1))
     E, Ev = call.query.size(-1), call.value_dim
     operands = ((p.query, E), (p.key, E), (p.value, Ev), (g.out, Ev))
     vectorized = all(is_vectorized(x, n) for x, n in operands)
