@@ -112,7 +112,7 @@ def test_few_queries_of_many_keys(dtype, H, L, E, Ev, window):
     check_function(run_function, case)
 
 
-def testraw_ops(device):
+def test_raw_ops(device):
     """With lengths of sequences, and masks together with is_causal."""
     ops = backends.select("attention", device)
 
