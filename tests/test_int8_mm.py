@@ -270,6 +270,7 @@ def test_linear_with_static_scale(device, per_row):
         assert_equal(number, actual)
 
 
+@pytest.mark.one_architecture
 def test_signal_to_quantisation_noise(device):
     """Above 35 dB on normal data, against the float layer."""
     x, weight = floats(64, 1024, device=device), floats(256, 1024, seed=1, device=device)
