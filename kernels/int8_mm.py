@@ -205,7 +205,7 @@ def is_chunked(x: Tensor) -> bool:
     """Whether rows [batch, rows, depth] lie in whole chunks."""
     sizes = [x.size(2), *(s for n, s in zip(x.shape[:2], x.stride()[:2], strict=True) if n > 1)]
     return (
-        (x.stride(2) == 1 or x.size(2) < 2)
+        (x.stride(2) == 1 or x.size(2) == 0)
         and all(n % CHUNK.value == 0 for n in sizes)
         and x.data_ptr() % CHUNK.value == 0
     )

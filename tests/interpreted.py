@@ -9,8 +9,10 @@ import sys
 
 import torch
 
+import bigkern
 from bigkern import backends, scaled_dot_product_attention, triton_ops
 from bigkern.ops import adam_, grad_norm
+from bigkern.testing import assert_as_accurate
 
 
 def adam():
@@ -47,6 +49,23 @@ def attention():
             results.append([out, lse, *grads, plain])
     for native, interpreted in zip(*results, strict=True):
         torch.testing.assert_close(interpreted, native)
+
+
+def int8():
+    x, bias = torch.randn(5, 70), torch.randn(33)
+    a, b = (torch.randint(-128, 128, n, dtype=torch.int8) for n in ((5, 70), (70, 33)))
+    scale = torch.rand(33)
+    results = []
+    for name in ("native", "triton"):
+        with backends.use(name):
+            values, row_scale = bigkern.quantize_rows(x)
+            linear = bigkern.int8_linear(x, b.T, scale, bias, activation="gelu")
+            weight_only = bigkern.weight_only_linear(x, b.T, scale, bias)
+            results.append([bigkern.int8_mm(a, b), values, row_scale, linear, weight_only])
+    for native, interpreted in zip(results[0][:-1], results[1][:-1], strict=True):
+        torch.testing.assert_close(interpreted, native)
+    expected = x.double() @ (b * scale.double()) + bias
+    assert_as_accurate(results[1][-1], expected, x @ (b * scale) + bias)
 
 
 if __name__ == "__main__":

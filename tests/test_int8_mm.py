@@ -141,6 +141,7 @@ def floats(*shape, dtype=torch.float32, seed=0, device="cpu"):
     return torch.randn(shape, generator=generator).to(device, dtype)
 
 
+@pytest.mark.one_architecture
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "shape", [(5, 1), (3, 7), (4, 127), (2, 3, 1000), (5, 0), (64,), (2, 1100)]
@@ -269,6 +270,7 @@ def test_linear_with_static_scale(device, per_row):
         assert_equal(number, actual)
 
 
+@pytest.mark.one_architecture
 def test_signal_to_quantisation_noise(device):
     """Above 35 dB on normal data, against the float layer."""
     x, weight = floats(64, 1024, device=device), floats(256, 1024, seed=1, device=device)
@@ -318,6 +320,7 @@ def test_pack_and_unpack(device, shape):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group_size", [0, 1, 32, 50, 128, 10_000])
+@pytest.mark.one_architecture
 @pytest.mark.parametrize("shape", [(1, 127, 1000), (3, 33, 70), (6, 5, 128), (9, 1, 7)])
 def test_weight_only(device, shape, group_size, dtype):
     M, N, K = shape

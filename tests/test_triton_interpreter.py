@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("triton", reason="torch for CPUs comes without Triton")
 
 
-@pytest.mark.parametrize("ops", ["adam", "attention"])
+@pytest.mark.parametrize("ops", ["adam", "attention", "int8"])
 def test_ops_run_in_the_interpreter(ops):
     run = subprocess.run(
         [sys.executable, Path(__file__).with_name("interpreted.py"), ops],
