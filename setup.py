@@ -86,9 +86,13 @@ if with_cuda:
     )
 
 setup(
-    packages=[*find_packages(include=["bigkern", "bigkern.*"]), "bigkern.kernels"],
+    packages=[
+        *find_packages(include=["bigkern", "bigkern.*"]),
+        "bigkern.kernels",
+        "bigkern.kernels.tuning",
+    ],
     package_dir={"bigkern": "bigkern", "bigkern.kernels": "kernels"},
-    package_data={"bigkern.train": ["*.npz"]},
+    package_data={"bigkern.train": ["*.npz"], "bigkern.kernels.tuning": ["*.json"]},
     ext_modules=extensions,
     cmdclass={"build_ext": BuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

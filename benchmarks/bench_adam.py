@@ -3,12 +3,12 @@
 python benchmarks/bench_adam.py [--device cuda] [--save]
 """
 
+import functools
 import math
 import sys
 
-import pytest
 import torch
-from common import alternate, copy_bandwidth, main
+from common import alternate, copy_bandwidth, main, with_triton
 
 import bigkern
 
@@ -18,28 +18,31 @@ SETS = {
     "2000 x 256": [(256,)] * 2000,
     "SimpleCNN": [p.shape for p in bigkern.models.SimpleCNN().parameters()],
 }
+GPU_SETS = {"256M": [(2**28,)]}  # the host's share of a step is small
+BY_DEVICE = {"name": {"cpu": [*SETS], "cuda": [*GPU_SETS, *SETS]}}
 # float32: parameter, gradient and two moments are read, all but the gradient written.
 BYTES_PER_ELEMENT = 28
 
 
 def make(shapes, optimizer_type, device, **options):
-    generator = torch.Generator().manual_seed(0)
-    params = [torch.randn(s, generator=generator).to(device).requires_grad_() for s in shapes]
+    generator = torch.Generator(device).manual_seed(0)
+    draw = functools.partial(torch.randn, generator=generator, device=device)
+    params = [draw(s).requires_grad_() for s in shapes]
     for p in params:
-        p.grad = 1e-3 * torch.randn(p.shape, generator=generator).to(device)
+        p.grad = 1e-3 * draw(p.shape)
     return params, optimizer_type(params, **options)
 
 
-@pytest.mark.parametrize("name", SETS)
 def test_step(benchmark, name, device):
+    shapes = (GPU_SETS | SETS)[name]
     contenders = {
-        "bigkern": make(SETS[name], bigkern.optim.Adam, device)[1].step,
-        "torch fused": make(SETS[name], torch.optim.Adam, device, fused=True)[1].step,
-        "torch foreach": make(SETS[name], torch.optim.Adam, device, foreach=True)[1].step,
-        "torch loop": make(SETS[name], torch.optim.Adam, device, foreach=False)[1].step,
+        "bigkern": make(shapes, bigkern.optim.Adam, device)[1].step,
+        "torch fused": make(shapes, torch.optim.Adam, device, fused=True)[1].step,
+        "torch foreach": make(shapes, torch.optim.Adam, device, foreach=True)[1].step,
+        "torch loop": make(shapes, torch.optim.Adam, device, foreach=False)[1].step,
     }
-    alternate(benchmark, contenders, device)
-    elements = sum(math.prod(shape) for shape in SETS[name])
+    alternate(benchmark, with_triton(contenders, device), device)
+    elements = sum(math.prod(shape) for shape in shapes)
     benchmark.extra_info |= {
         "set": name,
         "elements": elements,
@@ -48,11 +51,11 @@ def test_step(benchmark, name, device):
     }
 
 
-@pytest.mark.parametrize("name", SETS)
 def test_scaler_clip_step(benchmark, name, device):
     """unscale, check for inf, clip the global norm to 1, step, update the scale."""
-    params, optimizer = make(SETS[name], torch.optim.Adam, device, fused=True)
-    _, ours = make(SETS[name], bigkern.optim.Adam, device, max_grad_norm=1.0)
+    shapes = (GPU_SETS | SETS)[name]
+    params, optimizer = make(shapes, torch.optim.Adam, device, fused=True)
+    _, ours = make(shapes, bigkern.optim.Adam, device, max_grad_norm=1.0)
     scaler, our_scaler, stock_scaler = (
         cls(
             device, init_scale=1.0
@@ -77,7 +80,7 @@ def test_scaler_clip_step(benchmark, name, device):
         "torch fused": torch_step,
         "bigkern, torch's GradScaler": lambda: bigkern_step(stock_scaler),
     }
-    alternate(benchmark, contenders, device)
+    alternate(benchmark, with_triton(contenders, device), device)
     benchmark.extra_info |= {"set": name}
 
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from common import alternate, copy_bandwidth, main, product_rate, skip_without_kernels
+from common import alternate, copy_bandwidth, main, product_rate, skip_without_kernels, with_triton
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -74,7 +74,7 @@ def test_forward(benchmark, shape, kind, dtype, device):
         name: lambda function=function: function(q, k, v, **options)
         for name, function in FUNCTIONS[device].items()
     }
-    alternate(benchmark, contenders, device)
+    alternate(benchmark, with_triton(contenders, device), device)
     benchmark.extra_info |= describe("forward", kind, shape, dtype)
 
 
@@ -91,7 +91,7 @@ def test_forward_backward(benchmark, shape, kind, dtype, device):
         name: lambda function=function: step(function)
         for name, function in FUNCTIONS[device].items()
     }
-    alternate(benchmark, contenders, device)
+    alternate(benchmark, with_triton(contenders, device), device)
     benchmark.extra_info |= describe("+ backward", kind, shape, dtype)
 
 
@@ -114,7 +114,7 @@ def test_backward(benchmark, shape, kind, dtype, device):
         name: lambda name=name, function=function: step(name, function)
         for name, function in FUNCTIONS[device].items()
     }
-    alternate(benchmark, contenders, device)
+    alternate(benchmark, with_triton(contenders, device), device)
     benchmark.extra_info |= describe("backward", kind, shape, dtype)
 
 
@@ -133,7 +133,7 @@ def test_decoding(benchmark, kv_heads, dtype, device):
         for name, function in FUNCTIONS[device].items()
     }
     contenders["a sum of keys and values"] = lambda: (k.sum(), v.sum())
-    alternate(benchmark, contenders, device)
+    alternate(benchmark, with_triton(contenders, device), device)
     benchmark.extra_info |= {
         "work": "decoding",
         "kind": f"{heads} query heads, {kv_heads} of keys",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import alternate, copy_bandwidth, main, skip_without_kernels
+from common import alternate, copy_bandwidth, main, skip_without_kernels, with_triton
 from torch import nn
 from torch.nn import functional as F
 
@@ -63,10 +63,12 @@ def test_linear(benchmark, shape, device):
     x = torch.randn(M, K, device=device).to(dtype)
     weight, scale = bigkern.quantize_rows(linear.weight)
     packed = bigkern.pack_weight(weight) if available("pack_weight", device) else weight
-    contenders = {"bigkern": lambda: bigkern.int8_linear(x, packed, scale, linear.bias)}
+    not_packed = {"bigkern": lambda: bigkern.int8_linear(x, weight, scale, linear.bias)}
+    contenders = with_triton(not_packed, device)  # which takes a plain weight
+    contenders["bigkern"] = lambda: bigkern.int8_linear(x, packed, scale, linear.bias)
     if device == "cpu":
         dynamic = dynamically_quantized(linear)
-        contenders["not packed"] = lambda: bigkern.int8_linear(x, weight, scale, linear.bias)
+        contenders["not packed"] = not_packed["bigkern"]
         contenders["dynamic"] = lambda: dynamic(x)
         contenders["float32"] = lambda: linear(x)
     else:
@@ -90,7 +92,7 @@ def test_product(benchmark, shape, order, device):
         "bigkern": lambda: bigkern.int8_mm(a, b),
         "torch": lambda: torch._int_mm(a, b),
     }
-    alternate(benchmark, contenders, device, rounds=PRODUCT_ROUNDS)
+    alternate(benchmark, with_triton(contenders, device), device, rounds=PRODUCT_ROUNDS)
     work = {"work": f"product, b {order}", "shape": shape}
     benchmark.extra_info |= work | products(shape)
 
@@ -109,7 +111,7 @@ def test_weight_only(benchmark, dtype, side, device):
         "groups of 128": lambda: bigkern.weight_only_linear(x, weight_q, groups, group_size=128),
         "torch": lambda: F.linear(x, plain),
     }
-    alternate(benchmark, contenders, device)
+    alternate(benchmark, with_triton(contenders, device), device)
     work = {"work": "weight-only", "shape": (1, N, K), "dtype": dtype}
     benchmark.extra_info |= work | {"bytes": N * K, "roof": "copy"}
 

@@ -67,16 +67,16 @@ def alternate(
 ) -> None:
     """Times the contenders in turn; leaves their quartiles in ms in extra_info.
 
-    On a GPU those of torch that can't run the case are left out, with what torch says of it.
+    On a GPU others than "bigkern" that can't run the case are left out, with what they say of it.
     """
     calls, missing = {}, {}
     for name, call in contenders.items():
         try:
             sample(call, 1, device)  # warm-up
-        except RuntimeError as error:
-            if device != "cuda" or not name.startswith("torch"):
+        except Exception as error:
+            if device != "cuda" or name == "bigkern":
                 raise
-            missing[name] = str(error).partition("\n")[0]
+            missing[name] = str(error).partition("\n")[0] or type(error).__name__
             continue
         first = sample(call, 1, device)
         calls[name] = 1
@@ -94,6 +94,19 @@ def alternate(
         name: statistics.quantiles(values, n=4) for name, values in times.items()
     }
     benchmark.extra_info["missing"] = missing
+
+
+def with_triton(
+    contenders: dict[str, Callable[[], object]], device: str
+) -> dict[str, Callable[[], object]]:
+    """And on a GPU what "bigkern" does once more, by the Triton kernels."""
+    native = contenders["bigkern"]
+
+    def call() -> object:
+        with backends.use("triton"):
+            return native()
+
+    return contenders | ({"bigkern, Triton": call} if device == "cuda" else {})
 
 
 def skip_without_kernels(op: str, device: str) -> None:

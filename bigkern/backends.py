@@ -11,9 +11,9 @@ from types import ModuleType
 
 import torch
 
-from bigkern import libraries
+from bigkern import libraries, triton_ops
 
-NAMESPACES = {"native": "bigkern", "triton": "bigkern_triton"}  # in order of preference
+NAMESPACES = {"native": "bigkern", "triton": triton_ops.NAMESPACE}  # in order of preference
 
 # op -> backend -> device types. A dict, since asking the dispatcher in the call path would break
 # torch.compile's graphs.
@@ -58,18 +58,34 @@ def _add(op: str, backend: str) -> None:
     namespace = NAMESPACES[backend]
     if not hasattr(getattr(torch.ops, namespace), op):
         return
+    torch.library.register_fake(f"{namespace}::{op}", _fakes[op], allow_override=True)
+    _look_up(op, backend)
+
+
+def _look_up(op: str, backend: str) -> None:
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     _available[op][backend] = tuple(
         device
         for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
-        if has_kernel(f"{namespace}::{op}", key)
+        if has_kernel(f"{NAMESPACES[backend]}::{op}", key)
     )
-    torch.library.register_fake(f"{namespace}::{op}", _fakes[op], allow_override=True)
+
+
+def refresh(backend: str) -> None:
+    """Looks up anew which devices the ops of `backend` have kernels for."""
+    for op, by_backend in _available.items():
+        if backend in by_backend:
+            _look_up(op, backend)
 
 
 def available(op: str, device_type: str) -> list[str]:
     """The backends that have `op` for a type of device, best first."""
     return [backend for backend, devices in _available[op].items() if device_type in devices]
+
+
+def has(op: str, device_type: str) -> bool:
+    """Whether `select` finds a backend."""
+    return any(_forced in (None, backend) for backend in available(op, device_type))
 
 
 def table() -> dict[str, dict[str, tuple[str, ...]]]:

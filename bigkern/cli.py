@@ -1,4 +1,4 @@
-"""The command line: bigkern info | train | evaluate | predict | generate."""
+"""The command line: bigkern info | tune-kernels | train | evaluate | predict | generate."""
 
 import argparse
 import sys
@@ -25,6 +25,7 @@ from bigkern.train.config import (
 from bigkern.train.errors import UserError
 from bigkern.train.generate import generate
 from bigkern.train.predict import evaluate, predict
+from bigkern.tune import tune
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,6 +49,17 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("info", help="what is installed, and what runs where")
     command.set_defaults(run=print_info)
+
+    command = commands.add_parser(
+        "tune-kernels", help="measure the tile sizes of Triton's kernels on this machine's GPU"
+    )
+    command.add_argument("--op", required=True, help="one that the tables have rows of, as adam_")
+    command.add_argument("--arch", metavar="ARCH", help="whose rows (default: the GPU's, as sm_90)")
+    command.add_argument(
+        "--out", type=Path, default="bigkern-tuning.json", metavar="FILE",
+        help="the table, for BIGKERN_TUNING (default: %(default)s)",
+    )  # fmt: skip
+    command.set_defaults(run=lambda args: tune(args.op, args.arch, args.out))
 
     tasks = commands.add_parser("train", help="train a reference model").add_subparsers(
         metavar="MODEL", required=True

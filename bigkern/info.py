@@ -2,10 +2,12 @@
 
 import importlib.metadata
 import platform
+from typing import Any
 
 import torch
 
 from bigkern import __version__, backends, libraries
+from bigkern.kernels import tuning
 
 
 def _version(package: str) -> str:
@@ -25,10 +27,18 @@ def _gpus() -> list[str]:
         return ["none"]
     gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     return [
-        f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory >> 20} MiB"
-        + ("" if gpu.major >= 8 else "; older than sm_80, which the CUDA kernels need: use torch's")
+        f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory >> 20} MiB{_note(gpu)}"
         for gpu in gpus
     ]
+
+
+def _note(gpu: Any) -> str:
+    if gpu.major < 8:
+        instead = "use torch's, or BIGKERN_BACKEND=triton"
+        return f"; older than sm_80, which the CUDA kernels need: {instead}"
+    architecture = f"sm_{gpu.major}{gpu.minor}"
+    table = tuning.table_for(architecture)
+    return "" if table == architecture else f"; Triton's kernels have the tile sizes of {table}"
 
 
 def _facts() -> list[tuple[str, str]]:
@@ -42,6 +52,7 @@ def _facts() -> list[tuple[str, str]]:
         ("CUDA toolkit of the build", torch.ops.bigkern.cuda_toolkit() if has_cuda else "none"),
         ("_C (schemas, CPU)", _library("_C")),
         ("_C_cuda (CUDA)", _library("_C_cuda")),
+        *((("tile sizes, Triton", users),) if (users := tuning.users_table()) else ()),
         ("CPU instruction set", f"{isa} (best available: {best})"),
         ("threads", str(torch.get_num_threads())),
         *(("GPU", gpu) for gpu in _gpus()),

@@ -16,6 +16,15 @@ from bigkern.testing import assert_as_accurate, max_error
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
+SEEDS = [
+    (0, 0),
+    (1, 2**32 - 1),
+    (-1, 0),
+    (2**63 - 1, 2**31),
+    (-(2**63), 5),
+    (2**32, 2**32 + 7),
+]  # and offset, of dropout
+
 # The same cases each time: a failure is seen by whoever made it. It prints the case as it is,
 # since a smaller one would only be luckier.
 draw = settings(
@@ -288,6 +297,21 @@ def plain_with_gradients(case, inputs, tensors):
     return outs, grads
 
 
+def raw_ops(ops, case, inputs, tensors):
+    """All that they return, the two of a row as its log-sum-exp; the weights if not packed."""
+    options = case.raw_options()
+    outs = ops.attention(*inputs, *tensors, **options)
+    grads = ops.attention_backward(
+        *random_grads(case, outs[:2]), *inputs, *outs, *tensors, **options,
+        needs_mask_grad=case.mask.startswith("float"),
+    )  # fmt: skip
+    softmax = [
+        ops.attention_weights(*inputs[:2], *outs[1:], *tensors, **options, average_heads=average)
+        for average in (() if isinstance(case, PackedCase) else (False, True))
+    ]
+    return [outs[0], lse_of(*outs[1:]), *softmax], grads
+
+
 def check(actual, expected, baseline, factor=2.0):
     """assert_as_accurate; float64, where plain PyTorch is the reference itself, by torch's own
     measure of what is close."""
@@ -302,8 +326,9 @@ def grad_factor(case):
     """3, but for float32 by tensor cores 4: its dO V^T is cut off, not rounded, and rowsum(dO * O),
     taken from it, is rounded. Plain PyTorch keeps the softmax itself, and needs no such difference.
     """
-    is_on_cpu = case.device == "cpu" and backends.select("attention", "cpu") is torch.ops.bigkern
-    return 4.0 if case.dtype == torch.float32 and not is_on_cpu else 3.0
+    others = [torch.ops.bigkern_triton] + [torch.ops.bigkern] * (case.device == "cpu")
+    by_tensor_cores = backends.select("attention", case.device) not in others
+    return 4.0 if case.dtype == torch.float32 and by_tensor_cores else 3.0
 
 
 def check_all(actual, expected, baselines, grad_factor=3.0):
@@ -330,3 +355,23 @@ def check_function(run, case):
         baselines(plain_with_gradients, case),
         grad_factor(case),
     )
+
+
+def small_inputs(q=(2, 4, 3, 8), k=(2, 4, 5, 8), v=(2, 4, 5, 6)):
+    return [torch.randn(s) for s in (q, k, v)]
+
+
+# What must be in the error -> what changes the arguments of the raw op so.
+RAW_ERRORS = {
+    "query": lambda a: a | {"query": a["query"][0]},
+    "key": lambda a: a | {"key": a["key"][:1]},
+    "value": lambda a: a | {"value": a["value"][:, :, :2]},
+    "attn_mask": lambda a: a | {"attn_mask": torch.zeros(3, 5)},
+    "alibi_slopes": lambda a: a | {"alibi_slopes": torch.zeros(7)},
+    "philox": lambda a: a | {"philox": torch.zeros(3, dtype=torch.int64), "dropout_p": 0.5},
+    "philox must be given": lambda a: a | {"dropout_p": 0.5},
+    "seqlens_q": lambda a: a | {"seqlens_q": torch.zeros(2)},
+    "seqlens_k": lambda a: a | {"seqlens_k": torch.tensor([1, 9], dtype=torch.int32)},
+    "dropout_p": lambda a: a | {"dropout_p": 1.5, "philox": torch.zeros(2, dtype=torch.int64)},
+    "softcap": lambda a: a | {"softcap": -1.0},
+}

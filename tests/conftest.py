@@ -7,8 +7,10 @@ import torch
 from cuda_compiler import NoCompilerError
 from helpers import SMALL, interrupt_at
 
-from bigkern import libraries
+from bigkern import backends, libraries
 from bigkern.train.loop import train
+
+TRITON = {"triton": 80, "triton sm_90": 90}  # devices of tests, and what they compile for
 
 sys.path.append(str(Path(__file__).parent / "stand_ins"))  # what is installed comes first
 
@@ -35,20 +37,33 @@ def pytest_generate_tests(metafunc):
     marks = metafunc.definition.iter_markers("parametrize")
     if "device" in metafunc.fixturenames and all(mark.args[0] != "device" for mark in marks):
         devices = getattr(metafunc.module, "DEVICES", ["cpu", "cuda"])
+        if metafunc.definition.get_closest_marker("one_architecture"):
+            devices = [d for d in devices if d != "triton sm_90"]
         if metafunc.definition.get_closest_marker("slow"):  # the emulator would take days
-            devices = [d for d in devices if d != "emulated"]
-        gpu = {"cuda": pytest.mark.gpu}
-        params = [pytest.param(d, marks=gpu.get(d, ())) for d in devices]
+            devices = [d for d in devices if d in ("cpu", "cuda")]
+        if {"triton", "cuda"} <= set(devices):
+            devices = [*devices, "cuda triton"]
+        params = [pytest.param(d, marks=[pytest.mark.gpu] if "cuda" in d else []) for d in devices]
         metafunc.parametrize("device", params, indirect=True)
 
 
 @pytest.fixture
 def device(request):
-    """Where the tensors are; ops called on those of `emulated` run the CUDA kernels on the CPU."""
-    if request.param == "cuda" and not torch.cuda.is_available():
+    """Where the tensors are. With `emulated`, `triton` and `triton sm_90` it is the CPU, on which
+    ops run the CUDA kernels, and those of Triton for A100 and H100; with `cuda triton` a GPU."""
+    if "cuda" in request.param and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    if request.param != "emulated":
+    if request.param == "cuda triton":
+        with backends.use("triton"):
+            yield "cuda"
+        return
+    if request.param in ("cpu", "cuda"):
         yield request.param
+        return
+    if request.param in TRITON:
+        with request.getfixturevalue("triton_driver").backend(TRITON[request.param]) as driver:
+            yield "cpu"
+        assert driver.take_launches()
         return
     controls = request.getfixturevalue("emulated_ops")
     controls.set_schedule("random", seed=0)
@@ -56,6 +71,15 @@ def device(request):
     with emulator.ops.backend():
         yield "cpu"
     assert controls.take_launches()
+
+
+@pytest.fixture(scope="session")
+def triton_driver():
+    """The module."""
+    pytest.importorskip("triton", reason="torch for CPUs comes without Triton")
+    import triton_driver
+
+    return triton_driver
 
 
 @pytest.fixture(scope="session")

@@ -74,13 +74,19 @@ ADAM = Table(
     ],
 )
 
+# Two tests whose cases are named after the features.
+TRITON = (
+    "test_attention_triton::test_accuracy test_attention_triton::test_accuracy_of_other_kernels"
+)
+RAW_OPS = f"test_attention::test_raw_ops {TRITON}"
+
 ATTENTION = Table(
     "attention attention_backward attention_weights",
     "torch, CPU (fused)",
     [
         Feature(
             "float32, bfloat16, float16; any lengths and strides, heads of any size to 256",
-            "test_attention::test_function",
+            f"test_attention::test_function {TRITON}",
             "yes",
             "query key value scale out row_max row_sum grad_out",
         ),
@@ -91,51 +97,53 @@ ATTENTION = Table(
         ),
         Feature(
             "bool and additive masks, of any shape that broadcasts",
-            "test_attention::test_function",
+            f"test_attention::test_function {TRITON}",
             "yes",
             "attn_mask",
         ),
         Feature(
             "gradient of an additive mask",
-            "test_attention::test_raw_ops test_attention_backward::test_gradient_of_a_mask",
+            f"test_attention_backward::test_gradient_of_a_mask {TRITON}",
             arguments="needs_mask_grad",
         ),
         Feature(
             "dropout, of the same mask on each backend, recomputed from a counter in the backward",
-            "test_attention_features::test_the_mask_of_dropout_is_the_documented_one",
+            "test_attention_features::test_the_mask_of_dropout_is_the_documented_one "
+            "test_attention_triton::test_the_mask_of_dropout_is_the_documented_one",
             arguments="dropout_p philox",
         ),
         Feature(
             "top-left causal; bottom-right causal and sliding window",
-            "test_attention::test_raw_ops",
+            RAW_OPS,
             "top-left",
             "is_causal window_left window_right",
         ),
-        Feature("softcap, ALiBi", "test_attention::test_raw_ops", "-", "softcap alibi_slopes"),
-        Feature("grouped queries, without copies of the keys", "test_attention::test_raw_ops"),
+        Feature("softcap, ALiBi", RAW_OPS, "-", "softcap alibi_slopes"),
+        Feature("grouped queries, without copies of the keys", RAW_OPS),
         Feature(
             "log-sum-exp, with its gradient",
-            "test_attention::test_raw_ops",
+            RAW_OPS,
             arguments="grad_lse",
         ),
         Feature(
             "the weights themselves, or their mean over the heads",
-            "test_attention::test_raw_ops",
+            RAW_OPS,
             arguments="average_heads",
         ),
         Feature(
             "packed sequences (`varlen_attention`)",
-            "test_attention::test_packed_sequences",
+            f"test_attention::test_packed_sequences {TRITON}",
             arguments="cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k",
         ),
         Feature(
             "few queries against many keys, split over all cores or SMs; key-value cache",
-            "test_kv_cache::test_prompt_and_steps_equal_the_whole",
+            f"test_kv_cache::test_prompt_and_steps_equal_the_whole {TRITON}",
             arguments="seqlens_q seqlens_k",
         ),
         Feature(
             "same bits for every number of threads",
-            "test_attention_features::test_bits_do_not_depend_on_threads",
+            "test_attention_features::test_bits_do_not_depend_on_threads "
+            "test_attention_triton::test_same_bits_in_any_order_of_blocks",
             "not promised",
             "deterministic",
         ),

@@ -3,6 +3,9 @@
 import torch
 from torch import nn
 
+import bigkern
+from bigkern import backends
+
 
 def sqnr(actual, expected):
     """The signal in `expected` over the error of `actual`, in dB."""
@@ -15,6 +18,13 @@ def double(module):
     """The module's results in float64."""
     wide = {name: x.detach().double() for name, x in module.state_dict().items()}
     return lambda *args: torch.func.functional_call(module, wide, tuple(x.double() for x in args))
+
+
+def plain_and_packed(weight):
+    """The second where the backend packs."""
+    if not backends.has("pack_weight", weight.device.type):
+        return (weight,)
+    return weight, bigkern.pack_weight(weight)
 
 
 class OutlierModel(nn.Module):

@@ -11,7 +11,7 @@ import bigkern
 from bigkern.ops import AdamGroup, adam_, grad_norm, reference
 from bigkern.testing import assert_as_accurate
 
-DEVICES = ["cpu", "emulated", "cuda"]
+DEVICES = ["cpu", "emulated", "triton", "triton sm_90", "cuda"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -25,6 +25,7 @@ def test_worked_example(device):
     assert math.isclose(p.item(), 0.51, rel_tol=1e-6)
 
 
+@pytest.mark.one_architecture
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("decay", [{}, {"weight_decay": 0.1}, "decoupled"])
 @pytest.mark.parametrize("amsgrad", [False, True])
@@ -85,6 +86,7 @@ def test_reference_is_torch():
             assert_as_accurate(actual, expected.detach(), baseline.detach())
 
 
+@pytest.mark.one_architecture
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("master", [False, True])

@@ -10,6 +10,7 @@ import bigkern
 
 SCALERS = [torch.amp.GradScaler, bigkern.amp.GradScaler]
 SCALE = 2.0**10
+DEVICES = ["cpu", "triton", "cuda"]
 
 
 def make(cls, device, num_groups=1, **options):

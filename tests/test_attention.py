@@ -22,9 +22,8 @@ from attention_helpers import (
     draw,
     grad_factor,
     in_dtype,
-    lse_of,
     plain_with_gradients,
-    random_grads,
+    raw_ops,
     run_function,
     run_reference,
     served,
@@ -114,31 +113,16 @@ def test_few_queries_of_many_keys(dtype, H, L, E, Ev, window):
     check_function(run_function, case)
 
 
-def _raw_ops(ops, case, inputs, tensors):
-    """All that they return, the two of a row as its log-sum-exp."""
-    options = case.raw_options()
-    outs = ops.attention(*inputs, *tensors, **options)
-    grads = ops.attention_backward(
-        *random_grads(case, outs[:2]), *inputs, *outs, *tensors, **options,
-        needs_mask_grad=case.mask.startswith("float"),
-    )  # fmt: skip
-    softmax = [
-        ops.attention_weights(*inputs[:2], *outs[1:], *tensors, **options, average_heads=average)
-        for average in (False, True)
-    ]
-    return [outs[0], lse_of(*outs[1:]), *softmax], grads
-
-
 def test_raw_ops(device):
     """With lengths of sequences, and masks together with is_causal."""
     ops = backends.select("attention", device)
 
     def check(case):
-        outs, grads = _raw_ops(ops, case, case.inputs(), case.tensors())
+        outs, grads = raw_ops(ops, case, case.inputs(), case.tensors())
         check_all(
             (outs, grads),
-            _raw_ops(reference, case, *in_dtype(case, torch.float64)),
-            baselines(partial(_raw_ops, reference), case),
+            raw_ops(reference, case, *in_dtype(case, torch.float64)),
+            baselines(partial(raw_ops, reference), case),
             grad_factor(case),
         )
         query, key, value = case.inputs()

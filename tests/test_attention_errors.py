@@ -5,14 +5,10 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_helpers import RAW_ERRORS, small_inputs
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 from bigkern import backends, scaled_dot_product_attention, varlen_attention
-
-
-def tensors(q=(2, 4, 3, 8), k=(2, 4, 5, 8), v=(2, 4, 5, 6)):
-    return [torch.randn(s) for s in (q, k, v)]
-
 
 SHAPES = {
     "at least 2 dimensions, got query [8], key [8], value [8]": [(8,)] * 3,
@@ -33,7 +29,7 @@ SHAPES = {
 @pytest.mark.parametrize("message", SHAPES)
 def test_shapes(message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        scaled_dot_product_attention(*tensors(*SHAPES[message]))
+        scaled_dot_product_attention(*small_inputs(*SHAPES[message]))
 
 
 @pytest.mark.parametrize("heads", [(3, 3), (2, 3), (3, 2), (8, 8)])
@@ -41,17 +37,17 @@ def test_heads_that_do_not_divide(heads):
     k, v = ((2, h, 5, 8) for h in heads)
     message = f"heads that divide the 4 of query, got query [2, 4, 3, 8], key {list(k)}, value"
     with pytest.raises(ValueError, match=re.escape(message)):
-        scaled_dot_product_attention(*tensors(k=k, v=v), enable_gqa=True)
+        scaled_dot_product_attention(*small_inputs(k=k, v=v), enable_gqa=True)
 
 
 def test_shared_heads_need_a_dimension_of_heads():
     with pytest.raises(ValueError, match="at least 3 dimensions, got query"):
-        scaled_dot_product_attention(*tensors((3, 8), (5, 8), (5, 8)), enable_gqa=True)
+        scaled_dot_product_attention(*small_inputs((3, 8), (5, 8), (5, 8)), enable_gqa=True)
 
 
 @pytest.mark.parametrize("index", [1, 2])
 def test_dtypes_of_inputs(index):
-    inputs = tensors()
+    inputs = small_inputs()
     inputs[index] = inputs[index].double()
     name = ("query", "key", "value")[index]
     message = f"{name}, like query, must be torch.float32 on cpu, got torch.float64 on cpu"
@@ -62,12 +58,12 @@ def test_dtypes_of_inputs(index):
 @pytest.mark.parametrize("dtype", [torch.int32, torch.complex64])
 def test_dtypes_that_are_not_supported(dtype):
     with pytest.raises(ValueError, match="query must be"):
-        scaled_dot_product_attention(*(x.to(dtype) for x in tensors()))
+        scaled_dot_product_attention(*(x.to(dtype) for x in small_inputs()))
 
 
 @pytest.mark.parametrize("index", [1, 2])
 def test_devices_of_inputs(index):
-    inputs = tensors()
+    inputs = small_inputs()
     inputs[index] = inputs[index].to("meta")
     name = ("query", "key", "value")[index]
     with pytest.raises(
@@ -78,7 +74,7 @@ def test_devices_of_inputs(index):
 
 def test_device_without_a_backend():
     with pytest.raises(NotImplementedError, match="attention has no backend on meta; available"):
-        scaled_dot_product_attention(*(x.to("meta") for x in tensors()))
+        scaled_dot_product_attention(*(x.to("meta") for x in small_inputs()))
 
 
 @pytest.mark.parametrize(
@@ -87,12 +83,12 @@ def test_device_without_a_backend():
 def test_shape_of_mask(shape):
     message = f"attn_mask must broadcast to [2, 4, 3, 5], got {list(shape)}"
     with pytest.raises(ValueError, match=re.escape(message)):
-        scaled_dot_product_attention(*tensors(), torch.zeros(shape))
+        scaled_dot_product_attention(*small_inputs(), torch.zeros(shape))
 
 
 def test_mask_does_not_widen_the_result():
     message = "attn_mask must broadcast to [1, 4, 3, 5], got [2, 4, 3, 5]"
-    inputs = tensors((1, 4, 3, 8), (1, 4, 5, 8), (1, 4, 5, 8))
+    inputs = small_inputs((1, 4, 3, 8), (1, 4, 5, 8), (1, 4, 5, 8))
     with pytest.raises(ValueError, match=re.escape(message)):
         scaled_dot_product_attention(*inputs, torch.zeros(2, 4, 3, 5))
 
@@ -101,85 +97,85 @@ def test_mask_does_not_widen_the_result():
 def test_dtype_of_mask(dtype):
     message = f"attn_mask must be torch.bool or torch.float32 on cpu, got {dtype} on cpu"
     with pytest.raises(ValueError, match=message):
-        scaled_dot_product_attention(*tensors(), torch.zeros(3, 5, dtype=dtype))
+        scaled_dot_product_attention(*small_inputs(), torch.zeros(3, 5, dtype=dtype))
 
 
 def test_device_of_mask():
     with pytest.raises(ValueError, match=r"attn_mask must be .* on cpu, got torch.float32 on meta"):
-        scaled_dot_product_attention(*tensors(), torch.zeros(3, 5, device="meta"))
+        scaled_dot_product_attention(*small_inputs(), torch.zeros(3, 5, device="meta"))
 
 
 def test_mask_and_causal_are_refused_as_in_torch():
     for function in (F.scaled_dot_product_attention, scaled_dot_product_attention):
         with pytest.raises(RuntimeError, match="attn_mask"):
-            function(*tensors(), torch.zeros(3, 5), is_causal=True)
+            function(*small_inputs(), torch.zeros(3, 5), is_causal=True)
 
 
 def test_causal_bias_and_causal_are_refused_as_in_torch():
     for function in (F.scaled_dot_product_attention, scaled_dot_product_attention):
         with pytest.raises(ValueError, match="CausalBias"):
-            function(*tensors(), causal_upper_left(3, 5), is_causal=True)
+            function(*small_inputs(), causal_upper_left(3, 5), is_causal=True)
 
 
 def test_size_of_causal_bias():
     with pytest.raises(ValueError, match=re.escape("CausalBias of (3, 5), got (2, 5)")):
-        scaled_dot_product_attention(*tensors(), causal_lower_right(2, 5))
+        scaled_dot_product_attention(*small_inputs(), causal_lower_right(2, 5))
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.1, float("nan")])
 def test_dropout_out_of_range(p):
     with pytest.raises(ValueError, match=f"dropout_p must be from 0 to 1, got {p}"):
-        scaled_dot_product_attention(*tensors(), dropout_p=p)
+        scaled_dot_product_attention(*small_inputs(), dropout_p=p)
 
 
 @pytest.mark.parametrize("window", [(-2, 0), (0, -2), (1,), (1, 2, 3), 3, (0.5, 1)])
 def test_window(window):
     message = f"window must be two integers from -1 on, got {window}"
     with pytest.raises(ValueError, match=re.escape(message)):
-        scaled_dot_product_attention(*tensors(), window=window)
+        scaled_dot_product_attention(*small_inputs(), window=window)
 
 
 @pytest.mark.parametrize("softcap", [-1.0, float("nan"), float("inf")])
 def test_softcap(softcap):
     with pytest.raises(ValueError, match=f"softcap must be positive, or None, got {softcap}"):
-        scaled_dot_product_attention(*tensors(), softcap=softcap)
+        scaled_dot_product_attention(*small_inputs(), softcap=softcap)
 
 
 def test_scale():
     with pytest.raises(ValueError, match="scale must be finite, got inf"):
-        scaled_dot_product_attention(*tensors(), scale=float("inf"))
+        scaled_dot_product_attention(*small_inputs(), scale=float("inf"))
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2,), (4, 2), (1, 4), (2, 4, 1)])
 def test_shape_of_slopes(shape):
     message = f"alibi_slopes must have shape [4] or [2, 4], got {list(shape)}"
     with pytest.raises(ValueError, match=re.escape(message)):
-        scaled_dot_product_attention(*tensors(), alibi_slopes=torch.ones(shape))
+        scaled_dot_product_attention(*small_inputs(), alibi_slopes=torch.ones(shape))
 
 
 def test_dtype_of_slopes():
     message = "alibi_slopes must be torch.float32 on cpu, got torch.float64 on cpu"
     with pytest.raises(ValueError, match=message):
-        scaled_dot_product_attention(*tensors(), alibi_slopes=torch.ones(4).double())
+        scaled_dot_product_attention(*small_inputs(), alibi_slopes=torch.ones(4).double())
 
 
 def test_slopes_have_no_gradient():
     slopes = torch.ones(4, requires_grad=True)
     with pytest.raises(NotImplementedError, match=re.escape("alibi_slopes can't have a gradient")):
-        scaled_dot_product_attention(*tensors(), alibi_slopes=slopes)
+        scaled_dot_product_attention(*small_inputs(), alibi_slopes=slopes)
     with torch.no_grad():
-        scaled_dot_product_attention(*tensors(), alibi_slopes=slopes)
+        scaled_dot_product_attention(*small_inputs(), alibi_slopes=slopes)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_nested_tensors():
+def test_nested_small_inputs():
     nested = torch.nested.nested_tensor([torch.randn(3, 8)] * 2, layout=torch.jagged)
     with pytest.raises(NotImplementedError, match=r"nested tensors .*: .* varlen_attention"):
         scaled_dot_product_attention(nested, nested, nested)
 
 
 def test_forward_mode_is_refused():
-    inputs = tensors()
+    inputs = small_inputs()
     with pytest.raises(RuntimeError, match="jvp"):
         torch.func.jvp(scaled_dot_product_attention, tuple(inputs), tuple(inputs))
 
@@ -248,24 +244,9 @@ def test_starts_of_packed_sequences(name, bad):
         varlen_attention(**packed(**{name: bad}))
 
 
-RAW = {
-    "query": lambda a: a | {"query": a["query"][0]},
-    "key": lambda a: a | {"key": a["key"][:1]},
-    "value": lambda a: a | {"value": a["value"][:, :, :2]},
-    "attn_mask": lambda a: a | {"attn_mask": torch.zeros(3, 5)},
-    "alibi_slopes": lambda a: a | {"alibi_slopes": torch.zeros(7)},
-    "philox": lambda a: a | {"philox": torch.zeros(3, dtype=torch.int64), "dropout_p": 0.5},
-    "philox must be given": lambda a: a | {"dropout_p": 0.5},
-    "seqlens_q": lambda a: a | {"seqlens_q": torch.zeros(2)},
-    "seqlens_k": lambda a: a | {"seqlens_k": torch.tensor([1, 9], dtype=torch.int32)},
-    "dropout_p": lambda a: a | {"dropout_p": 1.5, "philox": torch.zeros(2, dtype=torch.int64)},
-    "softcap": lambda a: a | {"softcap": -1.0},
-}
-
-
-@pytest.mark.parametrize("name", RAW)
+@pytest.mark.parametrize("name", RAW_ERRORS)
 def test_raw_op(name):
     """Whoever calls it without the function."""
-    arguments = dict(zip(("query", "key", "value"), tensors(), strict=True))
+    arguments = dict(zip(("query", "key", "value"), small_inputs(), strict=True))
     with pytest.raises(ValueError, match=name):
-        backends.select("attention", "cpu").attention(**RAW[name](arguments), scale=1.0)
+        backends.select("attention", "cpu").attention(**RAW_ERRORS[name](arguments), scale=1.0)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_helpers import DTYPES, Case, draw, run_function
+from attention_helpers import DTYPES, SEEDS, Case, draw, run_function
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
@@ -275,9 +275,6 @@ def test_generators_steer_dropout():
     assert torch.equal(run(generator=torch.Generator().manual_seed(5)), first)
     torch.manual_seed(6)
     assert not torch.equal(run(), first)
-
-
-SEEDS = [(0, 0), (1, 2**32 - 1), (-1, 0), (2**63 - 1, 2**31), (-(2**63), 5), (2**32, 2**32 + 7)]
 
 
 @pytest.mark.parametrize("seed_offset", SEEDS)

@@ -80,3 +80,10 @@ def test_a_backend_of_others_is_there_as_long_as_it_is_registered():
                 assert compiled([torch.ones(4)]).item() == 7  # by the op's fake
         assert "others" not in backends.NAMESPACES
         assert backends.available("grad_norm", "cpu") == ["native"]
+
+
+def test_a_forced_backend_may_lack_an_op():
+    assert backends.has("pack_weight", "cpu")
+    assert not backends.has("pack_weight", "meta")
+    with backends.use("triton"):
+        assert not backends.has("pack_weight", "cpu")

@@ -12,6 +12,8 @@ import torch
 from cuda_compiler import ROOT
 from generated import replace_generated
 
+from bigkern import backends
+
 pytest.importorskip("pytest_benchmark", reason="the benchmarks run by it")
 
 
@@ -92,6 +94,17 @@ def test_what_torch_cannot_do_on_a_gpu_is_left_out(measured):
         "quartiles_ms": {"bigkern": [1.0] * 3, "torch flash": [1.0] * 3},
         "missing": {"torch cuDNN": "No available kernel."},
     }
+
+
+def test_triton_is_a_contender_on_a_gpu():
+    forced = []
+    contenders = {"bigkern": lambda: forced.append(backends._forced), "torch": lambda: None}
+    assert common.with_triton(contenders, "cpu") == contenders
+    both = common.with_triton(contenders, "cuda")
+    assert [*both] == ["bigkern", "torch", "bigkern, Triton"]
+    for call in both.values():
+        call()
+    assert forced == [None, "triton"]
 
 
 @pytest.mark.parametrize(("name", "where"), [("bigkern", "cuda"), ("torch", "cpu")])

@@ -10,7 +10,7 @@ from helpers import DTYPES, EPS, OPTIONS, SHAPES, Problem
 from bigkern.ops import adam_, grad_norm, reference
 from bigkern.testing import assert_as_accurate
 
-DEVICES = ["cpu", "emulated", "cuda"]
+DEVICES = ["cpu", "emulated", "triton", "triton sm_90", "cuda"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

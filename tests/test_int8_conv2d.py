@@ -13,7 +13,7 @@ from bigkern.ops.reference_int8 import ACTIVATIONS
 from bigkern.testing import assert_as_accurate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-DEVICES = ["cpu", "emulated", "cuda"]
+DEVICES = ["cpu", "emulated", "triton", "cuda"]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -37,7 +37,10 @@ def assert_like_reference(x, weight_q, weight_scale, bias=None, x_scale=None, **
     )
     raw |= {"kernel_size": list(weight_q.shape[2:])}
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    for weight in (weight_q, pack_conv2d_weight(weight_q, raw["groups"])):
+    weights = [weight_q]
+    if backends.has("pack_weight", x.device.type):
+        weights.append(pack_conv2d_weight(weight_q, raw["groups"]))
+    for weight in weights:
         ops = backends.select("int8_conv2d", x.device.type)
         arguments = (x, weight, weight_scale, bias, x_scale)
         actual = ops.int8_conv2d.default(*arguments, **raw, channels_last=last)
@@ -106,7 +109,8 @@ def test_any_strides(device):
     assert torch.equal(
         int8_conv2d(x[::2], strided, scale), int8_conv2d(x[::2].contiguous(), weight_q, scale)
     )
-    assert torch.equal(pack_conv2d_weight(strided), pack_conv2d_weight(weight_q))
+    if backends.has("pack_weight", weight_q.device.type):
+        assert torch.equal(pack_conv2d_weight(strided), pack_conv2d_weight(weight_q))
 
 
 # Groups, and outputs of a group: those that are packed as one, by up to 16, and those that aren't.
@@ -115,8 +119,9 @@ def test_any_strides(device):
 def test_small_groups(groups, outputs, device):
     weight = make_weight(groups * outputs, groups * 3, (2, 3), groups)
     weight_q, scale = (on(device, t) for t in weight)
-    packed = pack_conv2d_weight(weight_q, groups)
-    assert torch.equal(unpack_conv2d_weight(packed, weight_q.shape, groups), weight_q)
+    if backends.has("pack_weight", weight_q.device.type):
+        packed = pack_conv2d_weight(weight_q, groups)
+        assert torch.equal(unpack_conv2d_weight(packed, weight_q.shape, groups), weight_q)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         x = torch.randn(2, groups * 3, 5, 6, device=device).contiguous(memory_format=memory_format)
         assert_like_reference(x, weight_q, scale, groups=groups)

@@ -11,7 +11,7 @@ from torch import nn
 
 from bigkern.nn import Int8Conv2d, input_ranges
 
-DEVICES = ["cpu", "emulated", "cuda"]
+DEVICES = ["cpu", "emulated", "triton", "cuda"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 PADDINGS = [(0, "zeros"), ((1, 2), "zeros"), ("same", "zeros"), ("valid", "zeros")]

@@ -7,15 +7,20 @@ import torch
 from emulator import ops
 
 import bigkern
+from bigkern import backends
 
 INT8 = torch.int8
 
 
-@pytest.fixture(params=["native", "emulated"])
+@pytest.fixture(params=["native", "emulated", "triton"])
 def _each_backend(request):
-    """The CUDA ops have the CPU's door, but for what the host can't read."""
+    """The GPU's ops have the CPU's door, but for what the host can't read."""
     if request.param == "native":
         yield
+        return
+    if request.param == "triton":
+        with request.getfixturevalue("triton_driver").backend(80):
+            yield
         return
     request.getfixturevalue("emulated_ops")
     with ops.backend():
@@ -40,7 +45,7 @@ def assert_refused(message, function, *args, error=ValueError, **options):
     [
         ("a must have 2 dimensions at least, got shape [3]", ints(3), ints(3, 4)),
         ("b must have 2 dimensions at least, got shape []", ints(3, 4), ints()),
-        ("a must be torch.int8, got Byte", ints(2, 3, dtype=torch.uint8), ints(3, 4)),
+        ("a must be torch.int8, got ", ints(2, 3, dtype=torch.uint8), ints(3, 4)),
         ("b must be torch.int8, got torch.float32", ints(2, 3), torch.ones(3, 4)),
         (
             "b must have as many rows as a has columns, 3, got shape [4, 3]",
@@ -58,8 +63,9 @@ def test_int8_mm(message, a, b):
     assert_refused(message, bigkern.int8_mm, a, b)
 
 
+@each_backend
 def test_raw_int8_mm():
-    op = torch.ops.bigkern.int8_mm
+    op = backends.select("int8_mm", "cpu").int8_mm
     assert_refused(
         "2 dimensions, or 3, got shapes [2, 3] and [1, 3, 4]", op, ints(2, 3), ints(1, 3, 4)
     )
@@ -77,7 +83,7 @@ def test_raw_int8_mm():
             torch.ones(2, 3).double(),
             None,
         ),
-        ("x must be float32, bfloat16 or float16, got Char", ints(2, 3), None),
+        ("x must be float32, bfloat16 or float16, got ", ints(2, 3), None),
         ("x must have shape [..., K], got []", torch.ones(()), None),
         (
             "static_scale must have one element, or one for each row of x [2, 3], got shape [3]",
@@ -204,6 +210,13 @@ def test_scales_have_no_gradient(function):
     assert_refused(message, function, **arguments, error=NotImplementedError)
     with torch.no_grad():
         function(**arguments)
+
+
+def test_triton_reads_no_packed_weight(triton_driver):
+    packed = bigkern.pack_weight(ints(4, 3))
+    message = "weight_q must be the plain weight [N, K]: the backend triton reads no packed one"
+    with triton_driver.backend(80):
+        assert_refused(message, bigkern.int8_linear, torch.ones(2, 3), packed, torch.ones(4))
 
 
 def test_packed_weight_that_was_cut_off():

@@ -14,7 +14,7 @@ import bigkern
 from bigkern.nn import Int8Linear
 from bigkern.testing import assert_as_accurate
 
-DEVICES = ["cpu", "emulated", "cuda"]
+DEVICES = ["cpu", "emulated", "triton", "cuda"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 N, K = 65, 127
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]

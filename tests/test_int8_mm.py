@@ -10,6 +10,7 @@ import torch.nn.functional as F
 pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from int8_helpers import plain_and_packed
 
 import bigkern
 from bigkern import backends
@@ -17,7 +18,7 @@ from bigkern.ops import reference_int8 as reference
 from bigkern.testing import assert_as_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-DEVICES = ["cpu", "emulated", "cuda"]
+DEVICES = ["cpu", "emulated", "triton", "triton sm_90", "cuda"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -140,6 +141,7 @@ def floats(*shape, dtype=torch.float32, seed=0, device="cpu"):
     return torch.randn(shape, generator=generator).to(device, dtype)
 
 
+@pytest.mark.one_architecture
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "shape", [(5, 1), (3, 7), (4, 127), (2, 3, 1000), (5, 0), (64,), (2, 1100)]
@@ -223,12 +225,13 @@ def test_linear(device, shape, activation, dtype):
     M, N, K = shape
     x = 3 * floats(M, K, dtype=dtype, device=device)
     weight, weight_scale = bigkern.quantize_rows(0.1 * floats(N, K, seed=1, device=device))
-    packed = bigkern.pack_weight(weight)
+    first, *others = plain_and_packed(weight)
     for bias, out_dtype in zip((None, torch.float32, dtype, dtype), (None, *DTYPES), strict=True):
         bias = None if bias is None else floats(N, dtype=bias, seed=2, device=device)
         options = {"activation": activation, "out_dtype": out_dtype}
-        actual = bigkern.int8_linear(x, weight, weight_scale, bias, **options)
-        assert_equal(bigkern.int8_linear(x, packed, weight_scale, bias, **options), actual)
+        actual = bigkern.int8_linear(x, first, weight_scale, bias, **options)
+        for other in others:
+            assert_equal(bigkern.int8_linear(x, other, weight_scale, bias, **options), actual)
         arguments = (x, weight, weight_scale, bias)
         baseline = reference.int8_linear(*arguments, **options)
         options["out_dtype"] = torch.float64
@@ -267,6 +270,7 @@ def test_linear_with_static_scale(device, per_row):
         assert_equal(number, actual)
 
 
+@pytest.mark.one_architecture
 def test_signal_to_quantisation_noise(device):
     """Above 35 dB on normal data, against the float layer."""
     x, weight = floats(64, 1024, device=device), floats(256, 1024, seed=1, device=device)
@@ -301,7 +305,10 @@ def unpack(packed, N, K):
     return ops.unpack_weight.default(packed, N, K)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (7, 127), (64, 512), (100, 1000)])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 127), (64, 512), (100, 1000), (5, 0), (0, 5)])
+@pytest.mark.parametrize(
+    "device", ["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
+)
 @pytest.mark.sanitize
 def test_pack_and_unpack(device, shape):
     weight = integers(shape, device=device)
@@ -313,6 +320,7 @@ def test_pack_and_unpack(device, shape):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group_size", [0, 1, 32, 50, 128, 10_000])
+@pytest.mark.one_architecture
 @pytest.mark.parametrize("shape", [(1, 127, 1000), (3, 33, 70), (6, 5, 128), (9, 1, 7)])
 def test_weight_only(device, shape, group_size, dtype):
     M, N, K = shape
@@ -349,10 +357,9 @@ def test_empty(device, shape):
     weight = torch.ones(N, K, dtype=torch.int8, device=device)
     scale = torch.ones(N, device=device)
     expected = (K + bias).expand(M, N)
-    for w in (weight, bigkern.pack_weight(weight)):
+    for w in plain_and_packed(weight):
         torch.testing.assert_close(bigkern.int8_linear(x, w, scale, bias), expected)
     torch.testing.assert_close(bigkern.weight_only_linear(x, weight, scale, bias), expected)
-    assert_equal(unpack(bigkern.pack_weight(weight), N, K), weight)
     grouped = torch.ones(N, -(-K // 4), device=device)
     actual = bigkern.weight_only_linear(x, weight, grouped, bias, group_size=4)
     torch.testing.assert_close(actual, expected)
@@ -360,3 +367,4 @@ def test_empty(device, shape):
         a, b = integers((*lead, M, K), device=device), integers((*lead, K, N), device=device)
         assert_equal(bigkern.int8_mm(a, b), reference.int8_mm(a, b))
     assert [t.shape for t in bigkern.quantize_rows(x[:0])] == [(0, K), (0,)]
+    assert [t.shape for t in bigkern.quantize_rows(bias)] == [(N,), ()]

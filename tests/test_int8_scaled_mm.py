@@ -6,7 +6,7 @@ import torch
 from bigkern.ops import reference_int8_training as reference
 from bigkern.ops.int8_training import int8_scaled_mm
 
-DEVICES = ["cpu", "emulated", "cuda"]
+DEVICES = ["cpu", "emulated", "triton", "triton sm_90", "cuda"]
 SHAPES = [(1, 1, 1), (7, 127, 3), (33, 1000, 65), (129, 5, 70), (4, 0, 5)]
 
 

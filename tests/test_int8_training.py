@@ -22,7 +22,7 @@ from bigkern.train.config import CnnConfig, read_config
 from bigkern.train.errors import UserError
 from bigkern.train.loop import train
 
-DEVICES = ["cpu", "emulated", "cuda"]
+DEVICES = ["cpu", "emulated", "triton", "cuda"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 GRADS = ["int8", "float"]

@@ -77,8 +77,13 @@ def test_prompt_and_steps_equal_the_whole(options, dtype, Hkv, device):
     assert_like_whole(torch.cat(outs, dim=2), q, k, v, **options)
 
 
+# Over Triton too, whose kernels take seconds to compile.
+ON_A_GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda", "cuda triton")]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"window": (3, 0), "softcap": 2.0}])
+@pytest.mark.parametrize("device", ["cpu", "emulated", "triton", *ON_A_GPU], indirect=True)
 @pytest.mark.sanitize
 def test_sequences_of_different_length(options, dtype, device):
     q, k, v = tokens(20, dtype, device=device)

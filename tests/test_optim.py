@@ -9,8 +9,10 @@ from helpers import PAIRS, assert_close, make_params, run, set_grads
 from torch import nn
 
 import bigkern
+from bigkern import backends
 
 OWN = {"max_grad_norm", "state_dtype", "master_weights"}
+DEVICES = ["cpu", "triton", "cuda"]
 
 
 @pytest.mark.parametrize(("ours", "theirs"), PAIRS)
@@ -53,18 +55,19 @@ def test_capturable_constructs_and_steps(device):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_graph_reads_step_and_learning_rate_from_the_device():
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_cuda_graph_reads_step_and_learning_rate_from_the_device(backend):
     a, b = make_params("cuda"), make_params("cuda")
     lr = torch.tensor(0.01, device="cuda")
     ours, theirs = bigkern.optim.Adam(a, lr, capturable=True), torch.optim.Adam(b, 0.01)
     set_grads(a, b)
     side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
+    with torch.cuda.stream(side), backends.use(backend):
         ours.step()
     torch.cuda.current_stream().wait_stream(side)
     theirs.step()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph), backends.use(backend):
         ours.step()
     for i in range(5):
         lr.fill_(0.01 * (i + 1))

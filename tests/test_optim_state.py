@@ -11,14 +11,20 @@ from helpers import PAIRS, assert_close, make_params, run
 import bigkern
 from bigkern.testing import assert_as_accurate
 
+DEVICES = ["cpu", "triton", "cuda"]
+
 
 class TestReplacedAndMoved:
     """What is kept between steps never hides what the user did to a tensor."""
 
+    @pytest.fixture(autouse=True)
+    def _on(self, device):
+        self.device = device
+
     def compare(self, change, steps=3):
         results = []
         for cls in (bigkern.optim.Adam, torch.optim.Adam):
-            params = make_params()
+            params = make_params(self.device)
             optimizer = cls(params, 0.05)
             run([optimizer], [params], steps)
             params = change(optimizer, params) or params
@@ -85,7 +91,8 @@ class TestReplacedAndMoved:
 
     def test_parameter_replaced_in_its_group(self):
         def change(optimizer, params):
-            new = torch.randn(9, generator=torch.Generator().manual_seed(5)).requires_grad_()
+            new = torch.randn(9, generator=torch.Generator().manual_seed(5))
+            new = new.to(self.device).requires_grad_()
             optimizer.param_groups[0]["params"][0] = new
             del optimizer.state[params[0]]
             return [new, *params[1:]]
@@ -97,10 +104,10 @@ class TestReplacedAndMoved:
 
         def change(optimizer, params):
             old = params[0]
-            new = torch.cat([old.detach(), torch.ones(2)]).requires_grad_()
+            new = torch.cat([old.detach(), old.detach()[:2]]).requires_grad_()
             state = optimizer.state.pop(old)
             for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.cat([state[name], torch.zeros(2)])
+                state[name] = torch.cat([state[name], torch.zeros_like(state[name][:2])])
             optimizer.state[new] = state
             optimizer.param_groups[0]["params"][0] = new
             return [new, *params[1:]]
@@ -108,7 +115,7 @@ class TestReplacedAndMoved:
         self.compare(change)
 
     def test_amsgrad_switched_on(self):
-        params = make_params()
+        params = make_params(self.device)
         optimizer = bigkern.optim.Adam(params)
         run([optimizer], [params], 2)
         optimizer.param_groups[0]["amsgrad"] = True

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -14,7 +15,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bigkern import info, libraries
+from bigkern import info, libraries, triton_ops
+from bigkern.kernels import tuning
 
 ROOT = Path(__file__).parents[1]
 
@@ -60,7 +62,8 @@ def test_info_names_versions_libraries_and_ops():
 
 
 @pytest.mark.skipif(
-    libraries.problems["_C_cuda"] is not None, reason="the table shows a build with CUDA"
+    libraries.problems["_C_cuda"] is not None or not triton_ops.is_installed(),
+    reason="the table shows a build with CUDA, and Triton",
 )
 def test_the_table_in_the_readme_is_what_runs():
     assert info.op_table() in (ROOT / "README.md").read_text()
@@ -93,10 +96,10 @@ def test_no_header_outside_of_the_stable_abi():
             ), f"{path} includes {header}"
 
 
-def test_info_tells_which_gpus_are_too_old(monkeypatch):
+def test_info_tells_which_gpus_are_too_old_and_whose_tile_sizes_they_have(monkeypatch):
     gpus = [
         SimpleNamespace(name=name, major=major, minor=minor, total_memory=16 << 30)
-        for name, major, minor in (("Tesla T4", 7, 5), ("NVIDIA A100", 8, 0))
+        for name, major, minor in (("Tesla T4", 7, 5), ("NVIDIA A100", 8, 0), ("NVIDIA L4", 8, 9))
     ]
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -104,9 +107,14 @@ def test_info_tells_which_gpus_are_too_old(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", gpus.__getitem__)
     lines = [line for line in info.report().splitlines() if line.startswith("GPU:")]
     assert lines[0].endswith(
-        "Tesla T4, sm_75, 16384 MiB; older than sm_80, which the CUDA kernels need: use torch's"
+        "Tesla T4, sm_75, 16384 MiB; older than sm_80, which the CUDA kernels need: use torch's, "
+        "or BIGKERN_BACKEND=triton"
     )
     assert lines[1].endswith("NVIDIA A100, sm_80, 16384 MiB")
+    assert lines[2].endswith("16384 MiB; Triton's kernels have the tile sizes of sm_120")
+    assert "tile sizes, Triton" not in info.report()
+    monkeypatch.setenv("BIGKERN_TUNING", "a/table.json")
+    assert re.search(r"\ntile sizes, Triton: +a/table.json\n", info.report())
 
 
 @pytest.fixture(scope="session")
@@ -127,6 +135,22 @@ def wheel(tmp_path_factory):
     return path
 
 
+def test_source_archive_holds_all_of_the_package(tmp_path):
+    """What the build reads, and the files of data."""
+    command = "egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir", tmp_path
+    run(sys.executable, "setup.py", "-q", *command, env={"BIGKERN_CUDA": "0"}, cwd=ROOT)
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert names >= {f"kernels/tuning/{a}.json" for a in tuning.ARCHITECTURES}
+    assert names >= {
+        "csrc/ops.cpp",
+        "csrc/cuda/ptx.cuh",
+        "kernels/adam.py",
+        "bigkern/train/digits.npz",
+    }
+
+
 @pytest.mark.slow
 def test_wheel_is_abi3_and_holds_only_bigkern(wheel):
     assert re.fullmatch(r"bigkern-0\.1\.0-cp310-abi3-\w+\.whl", wheel.name)
@@ -134,6 +158,8 @@ def test_wheel_is_abi3_and_holds_only_bigkern(wheel):
     assert {name.split("/")[0] for name in names} == {"bigkern", "bigkern-0.1.0.dist-info"}
     assert "bigkern/_C.abi3.so" in names
     assert "bigkern/kernels/__init__.py" in names
+    for architecture in tuning.ARCHITECTURES:
+        assert f"bigkern/kernels/tuning/{architecture}.json" in names
     assert "bigkern/train/digits.npz" in names
 
 

@@ -8,7 +8,7 @@ from bigkern.ops import reference_int8_training
 from bigkern.ops.int8_training import quantize_rows_stochastic
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-DEVICES = ["cpu", "emulated", "cuda"]
+DEVICES = ["cpu", "emulated", "triton", "cuda"]
 SHAPES = [(1, 1), (7, 127), (3, 1000), (64, 65), (4, 0), (129, 16), (1, 4097)]
 
 

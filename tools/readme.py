@@ -1,8 +1,7 @@
 """Writes what is generated in README.md and benchmarks/README.md.
 
 README's tables of features are made of tests/features.py and of what pytest collects: a backend
-has a feature if one of the feature's tests runs over it. CUDA is `cuda` on a GPU, and `emulated`
-without.
+has a feature if one of the feature's tests runs over it: on a GPU, or emulated.
 """
 
 import re
@@ -20,7 +19,11 @@ from generated import replace_generated, table  # noqa: E402
 from bigkern import info  # noqa: E402
 
 README = ROOT / "README.md"
-BACKENDS = {"CPU": {"cpu"}, "CUDA": {"cuda", "emulated"}}  # by the tests' names of devices
+BACKENDS = {  # by the tests' names of devices
+    "CPU": {"cpu"},
+    "CUDA": {"cuda", "emulated"},
+    "Triton": {"triton", "triton sm_90", "cuda triton"},
+}
 DEVICES = set.union(*BACKENDS.values())
 
 

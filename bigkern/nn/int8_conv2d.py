@@ -121,7 +121,7 @@ class Int8Conv2d(Int8Layer):
             padding = 0
         return int8_conv2d(
             x,
-            self.weight_packed,
+            self._kernel_weight,
             self.weight_scale,
             self.bias,
             self.stride,

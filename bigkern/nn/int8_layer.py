@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from bigkern.backends import has
 from bigkern.ops.autocast import autocast_dtype
 
 SCALES = {"weight_scale", "x_scale", "input_factor"}
@@ -14,8 +15,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Int8Layer(nn.Module):
-    """Holds the weight once: packed, where the kernels read it so. It is plain in ``state_dict()``,
-    in pickles, and on its way to another device.
+    """Holds the weight once: packed, where the kernels read it so and the backend packs. It is
+    plain in ``state_dict()``, in pickles, and on its way to another device.
 
     The scales stay in float32, whatever the model is cast to. A subclass says how its weight is
     packed, in `_pack_weight` and `_unpack_weight`.
@@ -63,8 +64,14 @@ class Int8Layer(nn.Module):
             return self._buffers["weight_q"]
         return self._unpack_weight(self.weight_packed)
 
+    @property
+    def _kernel_weight(self) -> Tensor:
+        """As the kernels read it."""
+        return self.weight_q if self.weight_packed is None else self.weight_packed
+
     def _pack(self) -> None:
-        if self.packs and not self._buffers["weight_q"].is_meta:
+        weight_q = self._buffers["weight_q"]
+        if self.packs and not weight_q.is_meta and has("pack_weight", weight_q.device.type):
             self.weight_packed = self._pack_weight(self._buffers.pop("weight_q"))
 
     @contextmanager

@@ -195,7 +195,7 @@ class Int8Linear(Int8Layer):
             inliers = inliers * self.input_factor
         y = int8_linear(
             inliers,
-            self.weight_packed,
+            self._kernel_weight,
             self.weight_scale,
             self.bias,
             activation=self.activation if columns is None else None,

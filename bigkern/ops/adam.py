@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigkern import backends
+from bigkern import backends, triton_ops
 
 backends.register("adam_", fake=lambda *args, **kwargs: None)
 backends.register(
@@ -17,9 +17,11 @@ torch.library.register_fake("bigkern::adam_kept_", lambda *args, **kwargs: None)
 
 # The ops change leaves in place and are not differentiable: autograd has nothing to do, and steps
 # aside.
-_autograd = torch.library.Library("bigkern", "IMPL")
-for op in ("adam_", "adam_keep"):
-    _autograd.impl(op, torch.library.fallthrough_kernel, "Autograd")
+_libraries = []
+for backend in backends.table()["adam_"]:
+    _libraries.append(torch.library.Library(backends.NAMESPACES[backend], "IMPL"))
+    _libraries[-1].impl("adam_", torch.library.fallthrough_kernel, "Autograd")
+_libraries[0].impl("adam_keep", torch.library.fallthrough_kernel, "Autograd")
 
 
 def _check_layout(grads: Sequence[Tensor]) -> None:
@@ -154,16 +156,19 @@ class AdamGroup:
         master_params: Sequence[Tensor] = (),
     ) -> None:
         self.params = params
-        self._kept = torch.ops.bigkern.adam_keep(
-            params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, master_params
-        )
+        self._states = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, master_params)
+        self._kept = torch.ops.bigkern.adam_keep(params, *self._states)
         weakref.finalize(self, torch.ops.bigkern.adam_forget, self._kept)
 
     @torch.no_grad()
     def step_(self, grads: Sequence[Tensor], **options: Any) -> None:
         """:func:`adam_` with its options and errors."""
         ops = backends.select("adam_", grads[0].device.type)
-        _step(ops.adam_kept_.default, (self._kept, grads), self.params, grads, **options)
+        if ops.name == triton_ops.NAMESPACE:  # only compiled code keeps lists
+            op, args = ops.adam_.default, (self.params, grads, *self._states)
+        else:
+            op, args = ops.adam_kept_.default, (self._kept, grads)
+        _step(op, args, self.params, grads, **options)
 
 
 def _step(op, args, params, grads, *, lr: float | Tensor, **options: Any) -> None:

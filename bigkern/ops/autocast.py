@@ -3,9 +3,13 @@
 import torch
 
 
-@torch.compiler.assume_constant_result  # torch before 2.14 doesn't trace it
 def _is_available(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
+
+
+# torch before 2.14 doesn't trace it. This is torch.compiler.assume_constant_result, which would
+# import the compiler, and with it Triton: a second that a program without either doesn't need.
+_is_available._dynamo_marked_constant = True
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

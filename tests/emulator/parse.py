@@ -219,6 +219,7 @@ class _Body:
         self.scopes: list[_Scope] = []
         self.num_scopes = 0
         self.source = ""
+        self.targets: dict[str, Vector] = {}  # of brx, by their list's label
 
     def read(self, text: str) -> None:
         self._open(text)
@@ -263,6 +264,9 @@ class _Body:
             self._registers(text)
         elif text.startswith((".local", ".shared", ".param")):
             self._local_variable(text)
+        elif text.startswith(".branchtargets"):
+            label = self.function.body.pop()
+            self.targets[label.name] = self.operand(f"{{{text.split(None, 1)[1]}}}")
         elif not text.startswith(".pragma"):
             self.function.body.append(self._instruction(text))
 
@@ -290,6 +294,8 @@ class _Body:
             raise PtxError(f"{self.source or self.function.name}: can't read `{text}`")
         opcode, *modifiers = match[2].split(".")
         operands = tuple(self.operand(o) for o in split(match[3]))
+        if opcode == "brx":
+            operands = (operands[0], self.targets[operands[1].name])
         guard = self.operand(match[1]) if match[1] else None
         return Instruction(opcode, tuple(modifiers), operands, guard, self.source, text)
 

@@ -67,10 +67,13 @@ def integer_division(c, i):
     return c.assign(i.operands[0], i.type, call)
 
 
-@rule("min max", INTEGERS)
+@rule("min max", INTEGERS, "relu")
 def integer_extremum(c, i):
     a, b = _values(c, i)
-    return c.assign(i.operands[0], i.type, f"std::{i.opcode}<{C_TYPES[i.type]}>({a}, {b})")
+    x = f"std::{i.opcode}<{C_TYPES[i.type]}>({a}, {b})"
+    if "relu" in i.modifiers:
+        x = f"std::max<{C_TYPES[i.type]}>({x}, 0)"
+    return c.assign(i.operands[0], i.type, x)
 
 
 @rule("neg", "s16 s32 s64")

@@ -72,6 +72,18 @@ def load_matrices(c, i):
     return Collective(work, (row,), tuple((r, "b32") for r in registers))
 
 
+@rule("stmatrix", "b16", "sync aligned m8n8 x1 x2 x4 trans shared shared::cta", is_collective=True)
+def store_matrices(c, i):
+    address, source = i.operands
+    registers = getattr(source, "items", (source,))
+    row = shared_offset(c, i, address, 16, "Write")
+    count = len(registers)
+    if count < 4:
+        row = f"current->lane < {8 * count} ? {row} : 0"
+    work = f"store_matrices<{count}, {str('trans' in i.modifiers).lower()}>"
+    return Collective(work, (row, *registers), ())
+
+
 @rule("cvt", "f32", "rna tf32")
 def round_to_tf32(c, i):
     """Ties away from 0."""

@@ -10,6 +10,14 @@ def branch(c, i):
     return f"goto {c.label(i.operands[0].name)};"
 
 
+@rule("brx", "", "idx uni")
+def branch_by_index(c, i):
+    index, targets = i.operands
+    cases = [f"case {n}: goto {c.label(target.name)};" for n, target in enumerate(targets.items)]
+    other = f'default: fail("%s: no such target", {c.site(i)}.what);'
+    return f"switch ({c.value(index, 'u32')}) {{ {' '.join([*cases, other])} }}"
+
+
 @rule("ret exit")
 def leave(c, i):
     if i.opcode == "exit" and not c.function.is_kernel:

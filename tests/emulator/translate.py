@@ -298,7 +298,7 @@ class Context:
                 lines.append(f"{self.label(item.name)}:;")
                 continue
             stretch.append(item)
-            if item.opcode in ("bra", "ret", "exit"):
+            if item.opcode in ("bra", "brx", "ret", "exit"):
                 flush()
         flush()
         return lines

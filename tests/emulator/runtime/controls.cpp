@@ -81,6 +81,7 @@ void launch_by_name(const std::string& name, const std::vector<uint32_t>& grid, 
     }
     pointers.push_back(arguments[i].data());
   }
+  function->max_dynamic_smem = std::max(function->max_dynamic_smem, dynamic_smem);
   const cudaError_t error = launch(function, dim(grid), dim(block), pointers.data(), dynamic_smem);
   if (error != cudaSuccess) throw Error(error_text(error));
 }

@@ -162,6 +162,8 @@ template <class Element, int num_b>
 void multiply(const Operation& o, uint32_t* const* slots, uint32_t lanes);
 template <int count, bool is_transposed>
 void load_matrices(const Operation& o, uint32_t* const* slots, uint32_t lanes);
+template <int count, bool is_transposed>
+void store_matrices(const Operation& o, uint32_t* const* slots, uint32_t lanes);
 
 enum class Shuffle { up, down, bfly, idx };
 template <Shuffle mode>

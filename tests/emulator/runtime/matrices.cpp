@@ -55,6 +55,22 @@ void load_matrices(const Operation& o, uint32_t* const* slots, uint32_t lanes) {
   }
 }
 
+// The same way back; a lane's further inputs are its registers.
+template <int count, bool is_transposed>
+void store_matrices(const Operation& o, uint32_t* const* slots, uint32_t lanes) {
+  check_all_are_there(o, lanes);
+  for (int matrix = 0; matrix < count; ++matrix) {
+    uint16_t rows[8][8];
+    for (int lane = 0; lane < kWarp; ++lane) {
+      const int i = lane / 4, j = lane % 4 * 2;
+      const uint32_t bits = slots[lane][o.inputs[1 + matrix]];
+      (is_transposed ? rows[j][i] : rows[i][j]) = static_cast<uint16_t>(bits);
+      (is_transposed ? rows[j + 1][i] : rows[i][j + 1]) = static_cast<uint16_t>(bits >> 16);
+    }
+    for (int row = 0; row < 8; ++row) memcpy(block.smem + slots[matrix * 8 + row][o.inputs[0]], rows[row], 16);
+  }
+}
+
 #define INSTANTIATE_PRODUCT(T)                                                \
   template void multiply<T, 1>(const Operation&, uint32_t* const*, uint32_t); \
   template void multiply<T, 2>(const Operation&, uint32_t* const*, uint32_t);
@@ -64,9 +80,11 @@ INSTANTIATE_PRODUCT(Tf32)
 INSTANTIATE_PRODUCT(S8)
 INSTANTIATE_PRODUCT(S8Saturating)
 
-#define INSTANTIATE_LOAD(count)                                                            \
-  template void load_matrices<count, false>(const Operation&, uint32_t* const*, uint32_t); \
-  template void load_matrices<count, true>(const Operation&, uint32_t* const*, uint32_t);
+#define INSTANTIATE_LOAD(count)                                                             \
+  template void load_matrices<count, false>(const Operation&, uint32_t* const*, uint32_t);  \
+  template void load_matrices<count, true>(const Operation&, uint32_t* const*, uint32_t);   \
+  template void store_matrices<count, false>(const Operation&, uint32_t* const*, uint32_t); \
+  template void store_matrices<count, true>(const Operation&, uint32_t* const*, uint32_t);
 INSTANTIATE_LOAD(1)
 INSTANTIATE_LOAD(2)
 INSTANTIATE_LOAD(4)
