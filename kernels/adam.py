@@ -16,11 +16,10 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from bigkern.kernels import adam_call, multi_tensor
 from bigkern.kernels.adam_call import AdamLists, Run, Staging, check_scalar
 from bigkern.kernels.multi_tensor import load_scalar, pointer, scalar, store_scalar
+from torch import Tensor
 
 _TENSORS = 128  # of a program of _prepare
 _NUM_COEFFICIENTS = 10

@@ -6,10 +6,9 @@ from itertools import accumulate, chain
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-
 from bigkern.kernels import tuning
 from bigkern.kernels.multi_tensor import scalar
+from torch import Tensor
 
 _HALVES = (torch.float16, torch.bfloat16)
 _DTYPES = (torch.float32, torch.float64, *_HALVES)

@@ -5,8 +5,6 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from bigkern.kernels import tuning
 from bigkern.kernels.attention_call import (
     Call,
@@ -37,6 +35,7 @@ from bigkern.kernels.attention_tile import (
     store_tile,
     tiles_of,
 )
+from torch import Tensor
 
 
 class Parts(NamedTuple):

@@ -7,8 +7,6 @@ dK and dV and one for dQ: what a sum has is added in one order, and so to the sa
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from bigkern.kernels import tuning
 from bigkern.kernels.attention_backward_tile import (
     Gradients,
@@ -49,6 +47,7 @@ from bigkern.kernels.attention_tile import (
     store_tile,
     tiles_of,
 )
+from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["num_tiles"])

@@ -9,10 +9,9 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from bigkern.kernels.attention_call import Operand
 from bigkern.kernels.attention_tile import LOG2E, capped, masked, meet, stats_at
+from torch import Tensor
 
 
 class Gradients(NamedTuple):

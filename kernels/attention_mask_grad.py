@@ -4,8 +4,6 @@ elements and goes over all that they are broadcast to, in one order, without ato
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from bigkern.kernels import tuning
 from bigkern.kernels.attention_backward_tile import (
     Gradients,
@@ -24,6 +22,7 @@ from bigkern.kernels.attention_tile import (
     sequence_of,
     wide,
 )
+from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["mask_batch", "mask_heads", "mask_rows", "mask_cols", "batch"])

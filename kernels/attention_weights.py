@@ -2,8 +2,6 @@
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from bigkern.kernels import tuning
 from bigkern.kernels.attention_call import Call, is_vectorized, require
 from bigkern.kernels.attention_tile import (
@@ -18,6 +16,7 @@ from bigkern.kernels.attention_tile import (
     sequence_of,
     stats_at,
 )
+from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["L", "S", "heads_at_once"])

@@ -6,8 +6,6 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from bigkern.kernels import tuning
 from bigkern.kernels.int8_call import (
     check,
@@ -22,6 +20,7 @@ from bigkern.kernels.int8_call import (
 )
 from bigkern.kernels.int8_mm import Epilogue, multiply, round_up
 from bigkern.kernels.quantize_rows import chunk_of, magnitude, to_int8, to_scale
+from torch import Tensor
 
 
 class Shape(NamedTuple):

@@ -12,8 +12,6 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from bigkern.kernels import quantize_rows as quantization
 from bigkern.kernels import tuning
 from bigkern.kernels.int8_call import (
@@ -27,6 +25,7 @@ from bigkern.kernels.int8_call import (
     read_static_scale,
     read_weight_scale,
 )
+from torch import Tensor
 
 CHUNK = tl.constexpr(16)
 KINDS = {None: 0, torch.int32: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}

@@ -7,10 +7,9 @@ be divided by what 127 steps make of that.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from bigkern.kernels import tuning
 from bigkern.kernels.int8_call import as_rows, check_stochastic, read_static_scale
+from torch import Tensor
 
 # Whose sum with x, from -127 to 127, has x in its last bits, rounded half to even: 1.5 * 2^23.
 ROUNDER = tl.constexpr(12582912.0)

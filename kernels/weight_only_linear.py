@@ -10,11 +10,10 @@ import math
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from bigkern.kernels import tuning
 from bigkern.kernels.int8_call import as_rows, check_weight_only, read_bias, read_weight_scale
 from bigkern.kernels.int8_mm import CHUNK, KINDS, chunked, load_floats
+from torch import Tensor
 
 # What scales belong to: whole rows, groups of whole runs of 32 weights, or groups of any size.
 ROWS, RUNS, ANY = (tl.constexpr(n) for n in range(3))

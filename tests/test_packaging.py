@@ -14,9 +14,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from bigkern.kernels import tuning
 
 from bigkern import info, libraries, triton_ops
-from bigkern.kernels import tuning
 
 ROOT = Path(__file__).parents[1]
 

@@ -3,9 +3,9 @@ which are tested here at their edges, and the order of threads."""
 
 import pytest
 import torch
+from bigkern.kernels import tuning
 
 import bigkern
-from bigkern.kernels import tuning
 from bigkern.ops import reference_int8 as reference
 from bigkern.ops import reference_int8_training
 from bigkern.ops.int8_training import int8_scaled_mm

@@ -7,10 +7,9 @@ pytest.importorskip("triton", reason="torch for CPUs comes without Triton")
 
 import triton_kernels
 import triton_static
+from bigkern.kernels import tuning
 from triton.language import float32
 from triton.runtime.errors import OutOfResources
-
-from bigkern.kernels import tuning
 
 
 @pytest.mark.parametrize("architecture", tuning.ARCHITECTURES)

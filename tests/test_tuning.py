@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
-
-from bigkern import backends, triton_ops, tune
-from bigkern.cli import main
 from bigkern.kernels import tuning
 from bigkern.kernels.tuning import calls
 from bigkern.kernels.tuning.calls import call_of
+
+from bigkern import backends, triton_ops, tune
+from bigkern.cli import main
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 
 import cubins
 import triton_cases
-from triton.backends.compiler import GPUTarget
-from triton_driver import Driver, backend_of
-
 from bigkern.kernels import tuning
 from bigkern.kernels.tuning import Row
 from bigkern.kernels.tuning.calls import call_of
+from triton.backends.compiler import GPUTarget
+from triton_driver import Driver, backend_of
 
 # Bytes of shared memory that a block can have.
 LIMITS = {

@@ -4,10 +4,10 @@ import functools
 from collections.abc import Callable
 
 import torch
+from bigkern.kernels.tuning import Row
 from torch import Tensor
 
 import bigkern
-from bigkern.kernels.tuning import Row
 from bigkern.ops import adam_
 from bigkern.ops.int8_conv2d import int8_conv2d
 
