@@ -281,9 +281,7 @@ def masked(p, queries, j, score):
     """Scores with all that is added to them; -inf where query and key don't meet."""
     is_met = meet(queries, j)
     if plain(p.mask.is_there) > 0:
-        element = tl.load(
-            p.mask.data + (queries.mask_offset + j * wide(p.mask.col)), is_met, 0
-        )
+        element = tl.load(p.mask.data + (queries.mask_offset + j * wide(p.mask.col)), is_met, 0)
         if p.mask.data.dtype.element_ty == tl.uint8:
             score = tl.where(element != 0, score, float("-inf"))
         else:
