@@ -46,7 +46,7 @@ def small_tiles(tmp_path, monkeypatch):
     for op, by_length in TILES.items():
         for length, (block_q, block_kv) in by_length.items():
             for dtype in ("bfloat16", "float32"):
-                block_q = min(block_q, 32) if dtype == "float32" else block_q
+                block_q = 16 if dtype == "float32" else block_q
                 config = {"BLOCK_Q": block_q, "BLOCK_KV": 32 if dtype == "float32" else block_kv}
                 config |= {"num_warps": 4, "num_stages": 2}
                 shape = {"L": length, "E": 16} if op == "attention" else {"E": 16}
