@@ -125,6 +125,7 @@ def _prepare(
     mask = (tensor < num_tensors) & ~skips
     step_ref = tl.load(rows + tensor * ROW + 2, mask, other=0)
     step = load_scalar(step_ref, mask) + 1
+    tl.debug_barrier()  # several warps may have loaded the same
     store_scalar(step_ref, step, mask)
 
     # What multiplies every gradient: the sign of the objective, the inverse of the loss scale, and

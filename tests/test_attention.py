@@ -20,7 +20,7 @@ from attention_helpers import (
     check_drawn,
     check_function,
     draw,
-    grad_factor,
+    factors,
     in_dtype,
     plain_with_gradients,
     raw_ops,
@@ -123,7 +123,7 @@ def test_raw_ops(device):
             (outs, grads),
             raw_ops(reference, case, *in_dtype(case, torch.float64)),
             baselines(partial(raw_ops, reference), case),
-            grad_factor(case),
+            factors(case),
         )
         query, key, value = case.inputs()
         for actual, like in zip((outs[0], *grads), (query, query, key, value), strict=False):

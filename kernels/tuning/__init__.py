@@ -60,9 +60,13 @@ def num_sms() -> int:
     from triton import knobs
     from triton.runtime import driver
 
-    if knobs.runtime.interpret:
-        return 108
-    device = driver.active.get_current_device()
+    return 108 if knobs.runtime.interpret else _num_sms(driver.active.get_current_device())
+
+
+@functools.cache  # the driver takes a millisecond, for the clocks
+def _num_sms(device: Any) -> int:
+    from triton.runtime import driver
+
     return driver.active.utils.get_device_properties(device)["multiprocessor_count"]
 
 
