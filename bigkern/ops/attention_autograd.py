@@ -129,6 +129,14 @@ def _once(function, *tensors):
     return _Once.apply(function, *tensors) if torch.is_grad_enabled() else function(*tensors)
 
 
+def _takes_part_in_autograd(*tensors: Tensor | None) -> bool:
+    """torch.compile fails to trace a function none of whose inputs requires a gradient. Otherwise
+    only autograd knows: in forward mode, say, nothing requires one."""
+    if not torch.is_grad_enabled() or not torch.compiler.is_compiling():
+        return torch.is_grad_enabled()
+    return any(x is not None and x.requires_grad for x in tensors)
+
+
 class Attention(torch.autograd.Function):
     """(out, row_max, row_sum), and the log-sum-exp if `return_lse`."""
 
@@ -182,7 +190,7 @@ def attention(
     deterministic: bool | None = None,
 ) -> tuple[Tensor, ...]:
     """(out, row_max, row_sum), and the log-sum-exp if `return_lse`, of the raw op's arguments."""
-    if not torch.is_grad_enabled():
+    if not _takes_part_in_autograd(*inputs, *tensors):
         return Attention.forward(*inputs, *tensors, options, return_lse, False)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
@@ -259,5 +267,6 @@ def attention_weights(
     average_heads: bool,
 ) -> Tensor:
     """The softmax [B, H, L, S], or its mean over the heads [B, L, S], of the raw op's arguments."""
-    run = AttentionWeights.apply if torch.is_grad_enabled() else AttentionWeights.forward
+    takes_part = _takes_part_in_autograd(query, key, *tensors)
+    run = AttentionWeights.apply if takes_part else AttentionWeights.forward
     return run(query, key, row_max, row_sum, *tensors, options, average_heads)
