@@ -305,17 +305,18 @@ def unpack(packed, N, K):
     return ops.unpack_weight.default(packed, N, K)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (7, 127), (64, 512), (100, 1000), (5, 0), (0, 5)])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 127), (64, 512), (100, 1000)])
 @pytest.mark.parametrize(
     "device", ["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
 )
 @pytest.mark.sanitize
 def test_pack_and_unpack(device, shape):
-    weight = integers(shape, device=device)
-    for layout in ("rows", "columns", "strided"):
-        packed = bigkern.pack_weight(laid_out(weight, layout))
-        assert packed.dim() == 1
-        assert_equal(unpack(packed, *shape), weight)
+    for N, K in (shape, (5, 0), (0, 5)):
+        weight = integers((N, K), device=device)
+        for layout in ("rows", "columns", "strided"):
+            packed = bigkern.pack_weight(laid_out(weight, layout))
+            assert packed.dim() == 1
+            assert_equal(unpack(packed, N, K), weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
