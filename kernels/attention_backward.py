@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from bigkern.kernels import tuning
+from bigkern.kernels.attention_arguments import require
 from bigkern.kernels.attention_backward_tile import (
     Gradients,
     differentiate,
@@ -22,7 +23,6 @@ from bigkern.kernels.attention_call import (
     empty_like_attention,
     is_vectorized,
     operand,
-    require,
     scaled,
 )
 from bigkern.kernels.attention_mask_grad import mask_grad

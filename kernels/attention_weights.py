@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 from bigkern.kernels import tuning
-from bigkern.kernels.attention_call import Call, is_vectorized, require
+from bigkern.kernels.attention_arguments import require
+from bigkern.kernels.attention_call import Call, is_vectorized
 from bigkern.kernels.attention_tile import (
     LOG2E,
     are_kept,

@@ -294,7 +294,7 @@ def test_uninitialised_shared_memory_is_nan(run):
         ({"block": (1025, 1, 1)}, "invalid configuration argument"),
         ({"grid": (0, 1, 1)}, "invalid configuration argument"),
         ({"grid": (1, 65536, 1)}, "invalid configuration argument"),
-        ({"smem": 227 * 1024 + 1}, "invalid argument"),
+        ({"smem": 48 * 1024 + 1}, "invalid argument"),
     ],
 )
 def test_launches_that_a_card_refuses(library, launch, message):

@@ -63,12 +63,21 @@ void set_schedule(const std::string& order, uint64_t seed) {
 
 void set_watch(Watch what, bool yes) { settings.watches = yes ? settings.watches | what : settings.watches & ~what; }
 
+Function& named(const std::string& name) {
+  Function* function = find_function(name);
+  if (!function) throw std::invalid_argument("there is no kernel " + name);
+  return *function;
+}
+
+void check(cudaError_t error) {
+  if (error != cudaSuccess) throw Error(error_text(error));
+}
+
 // Arguments: the bytes of each.
 void launch_by_name(const std::string& name, const std::vector<uint32_t>& grid, const std::vector<uint32_t>& block,
                     std::vector<std::string> arguments, size_t dynamic_smem) {
-  Function* function = find_function(name);
-  if (!function) throw std::invalid_argument("there is no kernel " + name);
-  const Kernel& kernel = *function->kernel;
+  Function& function = named(name);
+  const Kernel& kernel = *function.kernel;
   if (arguments.size() != static_cast<size_t>(kernel.num_parameters)) {
     throw std::invalid_argument(
         format("%s takes %d arguments, got %zu", name.c_str(), kernel.num_parameters, arguments.size()));
@@ -81,9 +90,7 @@ void launch_by_name(const std::string& name, const std::vector<uint32_t>& grid, 
     }
     pointers.push_back(arguments[i].data());
   }
-  function->max_dynamic_smem = std::max(function->max_dynamic_smem, dynamic_smem);
-  const cudaError_t error = launch(function, dim(grid), dim(block), pointers.data(), dynamic_smem);
-  if (error != cudaSuccess) throw Error(error_text(error));
+  check(launch(&function, dim(grid), dim(block), pointers.data(), dynamic_smem));
 }
 
 // The bytes of a kernel's parameter.
@@ -114,5 +121,7 @@ PYBIND11_MODULE(emulated, m) {
   });
   m.def("remove_buffer", [](uintptr_t begin) { return remove_buffer(reinterpret_cast<void*>(begin)); });
   m.def("launch", &launch_by_name);
+  m.def("allow_dynamic_smem",
+        [](const std::string& name, size_t bytes) { check(allow_dynamic_smem(&named(name), bytes)); });
   m.def("tensor_map", &tensor_map);
 }

@@ -47,6 +47,7 @@ struct Launch {
 };
 extern std::vector<Launch> launches;  // since they were last asked for
 
+cudaError_t allow_dynamic_smem(Function* function, size_t bytes);
 cudaError_t launch(Function* function, Dim grid, Dim block, void** arguments, size_t dynamic_smem);
 
 cudaError_t remember(cudaError_t error);  // for cudaGetLastError

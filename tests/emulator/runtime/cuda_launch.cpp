@@ -85,6 +85,14 @@ const Variable* find_variable(const void* shadow) {
   return std::max_element(it->second.begin(), it->second.end(), is_lower)->second;
 }
 
+cudaError_t allow_dynamic_smem(Function* function, size_t bytes) {
+  if (bytes + function->kernel->static_smem > device_model().smem_per_block_optin) {
+    return remember(cudaErrorInvalidValue);
+  }
+  function->max_dynamic_smem = bytes;
+  return cudaSuccess;
+}
+
 cudaError_t launch(Function* function, Dim grid, Dim block, void** arguments, size_t dynamic_smem) {
   if (!function) return remember(cudaErrorInvalidDeviceFunction);
   if (const cudaError_t error = check_launch(*function, grid, block, dynamic_smem)) return remember(error);
@@ -221,11 +229,7 @@ cudaError_t cudaFuncSetAttribute(const void* host, cudaFuncAttribute attribute, 
   if (const cudaError_t error = check_image(*f)) return remember(error);
   if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) return cudaSuccess;  // for speed alone
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) not_emulated("this attribute of a kernel");
-  if (value < 0 || value + f->kernel->static_smem > device_model().smem_per_block_optin) {
-    return remember(cudaErrorInvalidValue);
-  }
-  f->max_dynamic_smem = value;
-  return cudaSuccess;
+  return value < 0 ? remember(cudaErrorInvalidValue) : allow_dynamic_smem(f, value);
 }
 
 cudaError_t cudaFuncGetName(const char** name, const void* host) {
