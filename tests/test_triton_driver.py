@@ -1,5 +1,7 @@
 """The Triton driver over the emulator: launches as on a card, and what it finds."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -114,3 +116,20 @@ def test_an_ops_tensors_are_known_by_their_addresses_while_it_runs():
         adam_(params, *others, [], steps, **options)  # the tables are kept
         assert [launch["kernel"] for launch in card.take_launches()] == ["_prepare", "_adam"]
     assert grad_norm(params).device.type == "cpu"  # and the driver is gone
+
+
+def test_few_programs_keep_the_stacks_of_their_threads(card, monkeypatch):
+    """Hundreds are loaded by the tests; each stack takes two memory mappings."""
+
+    def mappings_after(*widths):
+        for width in widths:
+            a, c = torch.zeros(64, 64).half(), torch.ones(64, width)
+            triton_kernels.matmul[(1, 1)](a, a[:width], c, 64, width, 64, 64, width, 64, float32)
+            assert not c.any()
+        return len(Path("/proc/self/maps").read_text().splitlines())
+
+    monkeypatch.setattr(triton_driver, "MOST_WITH_STACKS", 2)
+    of_both = mappings_after(32, 64)
+    monkeypatch.setattr(triton_driver, "MOST_WITH_STACKS", 1)
+    assert mappings_after(64) < of_both - 200  # of 128 threads
+    assert mappings_after(32, 64, 32) < of_both - 200

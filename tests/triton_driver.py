@@ -38,6 +38,9 @@ FORMATS |= {"fp16": "e", "fp32": "f", "f32": "f", "fp64": "d"}
 TENSOR_MAP_TYPES = {8: 10, 9: 8, 10: 9}
 
 
+MOST_WITH_STACKS = 32  # programs; a process can't have as many memory mappings as hundreds take
+
+
 class Memory(NamedTuple):
     begin: int
     size: int
@@ -171,6 +174,7 @@ class Driver(DriverBase):
             for memory in known:
                 controls.remove_buffer(memory.begin)
             self._launches += controls.take_launches()
+            _keep_stacks(controls)
             if not self._runs_op:
                 self.known.clear()
 
@@ -266,6 +270,17 @@ class Launcher:
 
 
 _loaded: dict[str, ModuleType] = {}  # by digest of the PTX
+_with_stacks: dict[ModuleType, None] = {}  # the last launched comes last
+
+
+def _keep_stacks(controls: ModuleType) -> None:
+    """Those of the programs that were launched last."""
+    _with_stacks.pop(controls, None)
+    _with_stacks[controls] = None
+    while len(_with_stacks) > MOST_WITH_STACKS:
+        oldest = next(iter(_with_stacks))
+        del _with_stacks[oldest]
+        oldest.release_stacks()
 
 
 def _program(name: str, ptx: str) -> ModuleType:

@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "cuda.h"
+#include "scheduler.h"
 
 namespace py = pybind11;
 using namespace emulator;
@@ -123,5 +124,6 @@ PYBIND11_MODULE(emulated, m) {
   m.def("launch", &launch_by_name);
   m.def("allow_dynamic_smem",
         [](const std::string& name, size_t bytes) { check(allow_dynamic_smem(&named(name), bytes)); });
+  m.def("release_stacks", &release_stacks);
   m.def("tensor_map", &tensor_map);
 }

@@ -205,6 +205,11 @@ std::vector<uint64_t> order_of_blocks(uint64_t n) {
 
 }  // namespace
 
+void release_stacks() {
+  for (const Fiber& f : fibers) munmap(f.stack, kStackBytes);
+  fibers.clear();
+}
+
 void wait_for(const void* event, const Site& site) {
   self().waits_for = event;
   self().waits_at = &site;

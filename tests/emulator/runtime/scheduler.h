@@ -28,6 +28,9 @@ struct Fiber : Thread {
 extern std::vector<Fiber> fibers;  // the running block's, and maybe more
 extern uint32_t num_live;          // of them, those that haven't exited
 
+// Until the next launch: each takes two of the memory mappings that a process can have.
+void release_stacks();
+
 inline Fiber& self() { return *static_cast<Fiber*>(current); }
 
 // Runs others until wake() is called for `event`, or wake_lanes() for this lane, where there is no event.
