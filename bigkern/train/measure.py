@@ -1,0 +1,73 @@
+"""What a model costs: numbers, bytes, time."""
+
+import itertools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bigkern.testing import memory_beyond_results
+
+WARM_UP_CALLS = 3
+MIN_CALLS, MAX_CALLS = 20, 500
+SECONDS = 1.0  # of calls of one model
+
+
+def count_numbers(model: nn.Module) -> dict[str, int]:
+    """Those in the state_dict of `model`, scales of INT8 layers too, and how many aren't 0."""
+    tensors = model.state_dict().values()
+    return {
+        "parameters": sum(x.numel() for x in tensors),
+        "nonzeros": sum(int(x.count_nonzero()) for x in tensors),
+    }
+
+
+@torch.no_grad()
+def latencies_ms(models: Sequence[nn.Module], inputs: Tensor) -> list[dict[str, float]]:
+    """The median and the 95th percentile of the time that each model takes for `inputs`.
+
+    They are called in turn, so that whatever else the machine does meets them alike.
+    """
+
+    def seconds(model: nn.Module) -> float:
+        start = time.perf_counter()
+        model(inputs)
+        if inputs.is_cuda:
+            torch.cuda.synchronize(inputs.device)
+        return time.perf_counter() - start
+
+    for model in models:
+        for _ in range(WARM_UP_CALLS):
+            seconds(model)
+    taken, total = [], 0.0
+    while len(taken) < MIN_CALLS or (len(taken) < MAX_CALLS and total < SECONDS * len(models)):
+        taken.append([seconds(model) for model in models])
+        total += sum(taken[-1])
+    return [
+        {"median": 1e3 * float(np.median(times)), "p95": 1e3 * float(np.percentile(times, 95))}
+        for times in np.array(taken).T
+    ]
+
+
+@torch.no_grad()
+def peak_memory_mib(model: nn.Module, inputs: Tensor) -> float | None:
+    """The weights of `model`, and what a call takes beyond them at its peak, with what it returns.
+
+    On the CPU Linux alone tells: elsewhere it is None.
+    """
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    weights = sum(x.nbytes for x in tensors)
+    model(inputs)
+    if inputs.is_cuda:
+        torch.cuda.reset_peak_memory_stats(inputs.device)
+        before = torch.cuda.memory_allocated(inputs.device)
+        model(inputs)
+        taken = torch.cuda.max_memory_allocated(inputs.device) - before
+    elif Path("/proc/self/clear_refs").exists():
+        taken = memory_beyond_results(lambda: [model(inputs)][:0])
+    else:
+        return None
+    return (weights + taken) / 2**20
