@@ -3,6 +3,7 @@
 import contextlib
 import math
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from bigkern.nn.calls import call, evaluating
-from bigkern.nn.swap import type_name
+from bigkern.nn.swap_change import describe
 from bigkern.testing import memory_beyond_results
 
 
@@ -44,11 +45,12 @@ class LayerComparison:
 @dataclass(frozen=True)
 class Cost:
     """Of a call of the model: its time in seconds (median, and the quartiles), the bytes that it
-    takes at its peak beyond parameters and results, and the bytes of parameters and buffers."""
+    takes at its peak beyond parameters and results (None where that can't be told: on the CPU,
+    elsewhere than on Linux), and the bytes of parameters and buffers."""
 
     seconds: float
     quartiles: tuple[float, float]
-    peak_bytes: int
+    peak_bytes: int | None
     size_bytes: int
 
 
@@ -68,16 +70,16 @@ class Comparison:
         rows = [("layer", "was", "now", "error", "alone")]
         rows += [(x.name, x.was, x.now, str(x.error), str(x.alone)) for x in self.layers]
         rows.append(("the output", "", "", str(self.output), ""))
-        before, after = self.before, self.after
-        costs = [
-            ("", "before", "after", "before / after"),
-            ("time of a call", *(f"{1e3 * x.seconds:.3f} ms" for x in (before, after)),
-             f"{before.seconds / after.seconds:.2f}"),
-            ("peak memory", *(f"{x.peak_bytes / 2**20:.2f} MiB" for x in (before, after)),
-             f"{before.peak_bytes / max(1, after.peak_bytes):.2f}"),
-            ("size", *(f"{x.size_bytes / 2**20:.2f} MiB" for x in (before, after)),
-             f"{before.size_bytes / max(1, after.size_bytes):.2f}"),
-        ]  # fmt: skip
+        costs = [("", "before", "after", "before / after")]
+        for title, field, unit, form in (
+            ("time of a call", "seconds", 1e-3, "{:.3f} ms"),
+            ("peak memory", "peak_bytes", 2**20, "{:.2f} MiB"),
+            ("size", "size_bytes", 2**20, "{:.2f} MiB"),
+        ):
+            before, after = (getattr(cost, field) for cost in (self.before, self.after))
+            if before and after:
+                cells = (form.format(x / unit) for x in (before, after))
+                costs.append((title, *cells, f"{before / after:.2f}"))
         return "\n\n".join(map(_aligned, (rows, costs)))
 
 
@@ -136,7 +138,7 @@ def _errors(
     pairs = {
         name: (layer, others[name])
         for name, layer in model.named_modules()
-        if name and name in others and _differ(layer, others[name])
+        if name and name in others and describe(layer) != describe(others[name])
     }
     outputs: dict[str, list[Tensor]] = {name: [] for name in pairs}
     alone = {name: _ErrorSum() for name in pairs}
@@ -162,18 +164,12 @@ def _errors(
         whole.add(expected, call(swapped, inputs))
     layers = [
         LayerComparison(
-            name, type_name(layer), type_name(other), in_place[name].error(), alone[name].error()
+            name, describe(layer), describe(other), in_place[name].error(), alone[name].error()
         )
         for name, (layer, other) in pairs.items()
         if in_place[name].count
     ]
     return layers, whole.error()
-
-
-def _differ(layer: nn.Module, other: nn.Module) -> bool:
-    return type(layer) is not type(other) or ("forward" in vars(layer)) != (
-        "forward" in vars(other)
-    )
 
 
 class _ErrorSum:
@@ -221,8 +217,10 @@ def _costs(models: tuple[nn.Module, nn.Module], inputs: Any, num_calls: int) -> 
     return costs
 
 
-def _peak_bytes(model: nn.Module, inputs: Any) -> int:
+def _peak_bytes(model: nn.Module, inputs: Any) -> int | None:
     is_on_gpu = any(x.is_cuda for x in (*model.parameters(), *model.buffers()))
+    if not is_on_gpu and sys.platform != "linux":
+        return None
     if not is_on_gpu:
         return max(0, memory_beyond_results(lambda: _tensors(call(model, inputs))))
     before = torch.cuda.memory_allocated()

@@ -12,7 +12,7 @@ from bigkern.nn.int8_conv2d import Int8Conv2d
 from bigkern.nn.int8_layer import Int8Layer
 from bigkern.nn.int8_linear import MODES, Int8Linear
 from bigkern.nn.int8_training import Int8TrainingLinear
-from bigkern.nn.swap_change import AttentionInside, AttributeChange, Change, Transplant
+from bigkern.nn.swap_change import AttentionInside, AttributeChange, Change, Transplant, describe
 from bigkern.nn.swap_choice import (
     Filter,
     Names,
@@ -26,12 +26,6 @@ from bigkern.nn.swap_trial import run_trial
 
 LINEAR = (None, "int8", "int8_training")
 CONV2D = (None, "int8")
-
-
-def type_name(module: nn.Module) -> str:
-    """That of its class, with torch.nn or bigkern.nn before those of the two."""
-    folders, name = type(module).__module__.split("."), type(module).__name__
-    return ".".join([*folders[:2], name]) if folders[1:2] == ["nn"] else name
 
 
 class Swapped(NamedTuple):
@@ -59,6 +53,7 @@ class SwapReport:
         self.modules: list[Swapped] = []
         self._names = names
         self._changes: list[Change] = []
+        self._is_undone = False
 
     def __str__(self) -> str:
         num_swapped = sum(module.now is not None for module in self.modules)
@@ -82,12 +77,13 @@ class SwapReport:
             RuntimeError: it was undone before, or something else has changed a module since; then
                 nothing is changed.
         """
-        if not self._changes:
-            raise RuntimeError("there is nothing to undo")
+        if self._is_undone:
+            raise RuntimeError("the swap was undone before")
         for change in self._changes:
             if not change.is_there():
                 name = self._names[change.module][0] or "the model"
                 raise RuntimeError(f"{name} has changed since it was swapped: undo that first")
+        self._is_undone = True
         while self._changes:
             self._changes.pop().undo()
 
@@ -112,8 +108,9 @@ def swap(
         model: changed in place.
         attention: calls of :func:`torch.nn.functional.scaled_dot_product_attention` inside of the
             model's forward, and of that of each module whose class names this function, run
-            bigkern's; a model of Hugging Face's transformers gets the attention ``bigkern``. What
-            the kernels can't do then raises an error.
+            bigkern's (not those inside of a MultiheadAttention that is left); a model of Hugging
+            Face's transformers gets the attention ``bigkern``. What the kernels can't do then
+            raises an error.
         linear: ``int8``: each :class:`torch.nn.Linear` becomes a :class:`bigkern.nn.Int8Linear`,
             for inference; ``int8_training``: a :class:`bigkern.nn.Int8TrainingLinear`.
         conv2d: ``int8``: each :class:`torch.nn.Conv2d` becomes a :class:`bigkern.nn.Int8Conv2d`.
@@ -154,8 +151,7 @@ def swap(
     try:
         _change(model, report, replacements, reasons, attention, inputs)
     except BaseException:
-        if report._changes:
-            report.undo()
+        report.undo()
         raise
     return report
 
@@ -243,11 +239,11 @@ def _change(
         for module, reason in run_trial(model, replacements, inputs).items():
             del replacements[module]
             reasons[module] = reason
-    was = {module: type_name(module) for module in names}
+    was = {module: describe(module) for module in names}
     now = {}
     for module, replacement in replacements.items():
         changes.append(Transplant(module, replacement))
-        now[module] = type_name(module)
+        now[module] = describe(module)
     for module in names if attention else ():
         is_without = isinstance(module, MultiheadAttention) or not names_attention(type(module))
         if module is not model and is_without:
@@ -256,7 +252,7 @@ def _change(
             reasons[module] = "its forward was replaced"
             continue
         changes.append(AttentionInside(module))
-        now[module] = f"{type_name(module)} with bigkern's attention inside"
+        now[module] = describe(module)
     report.modules = [
         Swapped(tuple(names[module]), was[module], now.get(module), reasons.get(module))
         for module in names

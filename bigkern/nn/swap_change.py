@@ -86,3 +86,13 @@ class _Attention(TorchFunctionMode):
 def _forward_with_attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     with _Attention():
         return type(module).forward(module, *args, **kwargs)
+
+
+def describe(module: nn.Module) -> str:
+    """Its class, with torch.nn or bigkern.nn before those of the two."""
+    folders, name = type(module).__module__.split("."), type(module).__name__
+    name = ".".join([*folders[:2], name]) if folders[1:2] == ["nn"] else name
+    forward = vars(module).get("forward")
+    if isinstance(forward, functools.partial) and forward.func is _forward_with_attention:
+        return f"{name} with bigkern's attention inside"
+    return name

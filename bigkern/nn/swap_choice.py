@@ -45,7 +45,7 @@ def _find(option: str, filters: Filter | Iterable[Filter], names: Names) -> set[
     if isinstance(filters, str | re.Pattern) or callable(filters):
         filters = [filters]
     found = set()
-    for wanted in filters:
+    for wanted in filters if isinstance(filters, Iterable) else [filters]:
         if not (isinstance(wanted, str | re.Pattern) or callable(wanted)):
             raise TypeError(
                 f"{option} must be names, patterns or functions of name and module, got {wanted!r}"
