@@ -40,13 +40,9 @@ def assert_as_accurate(
 def memory_beyond_results(call: Callable[[], Iterable[Tensor]]) -> int:
     """Bytes that `call` takes on the CPU at its peak, beyond what was there and what it returns.
 
-    Linux only: reads and resets the peak in ``/proc``.
+    Linux with glibc only: reads and resets the peak in ``/proc``.
     """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(
-            0
-        )  # else `call` may take what earlier ones have freed, and seem to be free
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed would be taken again unnoticed
     Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
     before = _process_status("VmRSS")
     results = list(call())
