@@ -1,15 +1,13 @@
 """What a model costs: numbers, bytes, time."""
 
-import itertools
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bigkern.testing import memory_beyond_results
+from bigkern.nn.compare import peak_bytes
 
 WARM_UP_CALLS = 3
 MIN_CALLS, MAX_CALLS = 20, 500
@@ -54,20 +52,9 @@ def latencies_ms(models: Sequence[nn.Module], inputs: Tensor) -> list[dict[str, 
 
 @torch.no_grad()
 def peak_memory_mib(model: nn.Module, inputs: Tensor) -> float | None:
-    """The weights of `model`, and what a call takes beyond them at its peak, with what it returns.
-
-    On the CPU Linux alone tells: elsewhere it is None.
-    """
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    weights = sum(x.nbytes for x in tensors)
+    """The weights of `model`, and what a call takes beyond them and its result at its peak; None
+    where that can't be told: on the CPU, elsewhere than on Linux."""
     model(inputs)
-    if inputs.is_cuda:
-        torch.cuda.reset_peak_memory_stats(inputs.device)
-        before = torch.cuda.memory_allocated(inputs.device)
-        model(inputs)
-        taken = torch.cuda.max_memory_allocated(inputs.device) - before
-    elif Path("/proc/self/clear_refs").exists():
-        taken = memory_beyond_results(lambda: [model(inputs)][:0])
-    else:
-        return None
-    return (weights + taken) / 2**20
+    peak = peak_bytes(model, inputs)
+    weights = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
+    return None if peak is None else (weights + peak) / 2**20

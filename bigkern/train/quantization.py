@@ -5,7 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from bigkern.nn import Int8Conv2d, Int8Linear, input_ranges
+from bigkern.nn import Int8TrainingLinear, input_ranges
+from bigkern.nn.swap import swap
+from bigkern.train.errors import UserError
 from bigkern.train.loop import Task, epoch_order
 
 CALIBRATION_BATCHES = 8
@@ -20,17 +22,26 @@ def calibrate(model: nn.Module, task: Task, batch_size: int, seed: int) -> dict[
 
 
 def quantize_(model: nn.Module, mode: str, ranges: Mapping[str, Tensor] | None = None) -> None:
-    """Replace the linear and, but in mode weight_only, the convolutional layers of `model`.
+    """Make INT8 layers of the linear and, but in mode weight_only, the convolutional layers.
 
-    Mode static takes the scales of `ranges`; without any they are 0, to be loaded.
+    Mode static takes the scales of `ranges`; without any they are 0, for a state to be loaded.
+    Raises UserError for a layer that can't be quantized.
     """
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear):
-            convert = Int8Linear.from_linear
-        elif isinstance(layer, nn.Conv2d) and mode != "weight_only":
-            convert = Int8Conv2d.from_conv
-        else:
-            continue
-        unknown = torch.zeros(layer.weight.shape[1])
-        input_range = unknown if ranges is None else ranges[name]
-        model.set_submodule(name, convert(layer, mode, input_range=input_range))
+        if isinstance(layer, Int8TrainingLinear):
+            model.set_submodule(name, as_linear(layer))
+    if ranges is None:
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+        ranges = {name: torch.zeros(layer.weight.shape[1]) for name, layer in layers.items()}
+    conv2d = None if mode == "weight_only" else "int8"
+    for layer in swap(model, linear="int8", conv2d=conv2d, mode=mode, input_ranges=ranges).modules:
+        if layer.now is None:
+            raise UserError(f"the run can't be quantized: {layer}")
+
+
+def as_linear(layer: nn.Linear) -> nn.Linear:
+    """A plain layer with the parameters of one that trains by INT8 products."""
+    sizes = layer.in_features, layer.out_features, layer.bias is not None
+    linear = nn.Linear(*sizes, device="meta")
+    linear.weight, linear.bias = layer.weight, layer.bias
+    return linear
