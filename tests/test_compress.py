@@ -85,6 +85,12 @@ def fails(capsys, *argv):
     return err.splitlines()[-1]
 
 
+def save_digit(path):
+    """The first that is held out."""
+    image = pytest.importorskip("PIL.Image", reason="it writes pictures")
+    image.fromarray((load_digits().test.images[0, 0] * 255).byte().numpy()).save(path)
+
+
 def state_of(folder):
     return load_checkpoint(list_checkpoints(folder)[0])["model"]
 
@@ -260,9 +266,8 @@ def test_a_run_trained_with_int8_products_is_quantized_too(tmp_path, run):
 
 def test_all_steps_and_another_process(trained, run, tmp_path, capsys):
     """The other process computes the same bits."""
-    image = pytest.importorskip("PIL.Image", reason="it writes pictures")
     digits = load_digits().test
-    image.fromarray((digits.images[0, 0] * 255).byte().numpy()).save(tmp_path / "digit.png")
+    save_digit(tmp_path / "digit.png")
     options = ["--prune", 0.5, "--prune-unit", "channels", "--prune-scope", "layer"]
     options += ["--distill", trained[0], "--epochs", 1, "--quantize", "int8", "--mode", "static"]
     made = run(*options)
@@ -455,12 +460,15 @@ def test_a_language_model(transformers, run, capsys, options):
 
 
 @pytest.mark.parametrize("options", STEPS[1:], ids=lambda options: "-".join(map(str, options)))
-def test_a_transformer_that_classifies(transformers, run, capsys, options):
+def test_a_transformer_that_classifies(transformers, run, tmp_path, capsys, options):
     made = run(*options, "--distill", transformers[1], "--epochs", 1, source=transformers[1])
     accuracy = summary_of(made)["after"]["test_accuracy"]
     assert accuracy > 0.3
     assert main(["evaluate", str(made.folder), "--device", "cpu"]) == 0
     assert f"held-out images: {accuracy:.2%}" in capsys.readouterr().out
+    save_digit(tmp_path / "digit.png")
+    assert main(["predict", str(made.folder), str(tmp_path / "digit.png"), "--device", "cpu"]) == 0
+    assert "digit.png: " in capsys.readouterr().out
 
 
 def test_a_teacher_of_another_task(trained, transformers, tmp_path, capsys):

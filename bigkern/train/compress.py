@@ -30,7 +30,8 @@ def compress(folder: Path, out: Path, config: CompressConfig, **moved: str | Non
     (`out`/summary.json) what it was before and is after.
 
     `out` is a run's folder, for `bigkern evaluate`, `predict` and `generate`. It appears when all
-    is done: what is interrupted leaves nothing, and starts over. `moved` as for `load_run`.
+    is done: what is interrupted leaves nothing, and starts over (a kill may leave a hidden folder
+    beside it). `moved` as for `load_run`.
 
     Raises UserError where `out` isn't new, the run can't be compressed so, or the teacher differs.
     """
@@ -40,7 +41,7 @@ def compress(folder: Path, out: Path, config: CompressConfig, **moved: str | Non
         raise UserError(f"{folder} is quantized already: compress the run that it was made of")
     task = load_task(source)
     model, compression, steps = copy.deepcopy(source.model), source.compression, 0
-    training_task = task if config.distill is None else taught_task(task, source, config, **moved)
+    training_task = task if config.distill is None else taught_task(task, source, config)
 
     if config.prune is not None:
         if config.prune_unit == "channels":
@@ -73,9 +74,9 @@ def check_new(out: Path) -> None:
         tempfile.TemporaryFile(dir=out.parent).close()
 
 
-def taught_task(task: Task, source: SavedRun, config: CompressConfig, **moved: str | None) -> Task:
+def taught_task(task: Task, source: SavedRun, config: CompressConfig) -> Task:
     """`task` with the teacher's predictions in its loss."""
-    teacher = load_run(Path(config.distill), config.device, **moved)
+    teacher = load_run(Path(config.distill), config.device)
     for name, value in {"task": source.task, **task.identity}.items():
         if (found := teacher.identity.get(name)) != value:
             raise UserError(

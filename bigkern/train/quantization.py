@@ -15,6 +15,7 @@ CALIBRATION_BATCHES = 8
 
 def calibrate(model: nn.Module, task: Task, batch_size: int, seed: int) -> dict[str, Tensor]:
     """The ranges of the layers' inputs over the first batches of the training set."""
+    torch.manual_seed(seed)  # of augmentation
     device = next(model.parameters()).device
     order = epoch_order(task.num_examples, seed, epoch=0).split(batch_size)
     inputs = (task.batch(indices)[0].to(device) for indices in order[:CALIBRATION_BATCHES])
