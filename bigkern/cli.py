@@ -240,7 +240,7 @@ def add_compress_options(parser: argparse.ArgumentParser) -> None:
     add("distill_weight", "of the teacher in the loss; the labels have the rest", type=float)
     add("epochs", "of training after pruning, or with a teacher", type=int)
     add("lr", "learning rate of that (default: the run's)", type=float)
-    add("quantize", "the linear and convolutional layers", choices=QUANTIZED)
+    add("quantize", "the linear and convolutional layers that gain by it", choices=QUANTIZED)
     add(
         "mode",
         "inputs in int8 by a scale found as they come (dynamic), or on the training set (static); "
