@@ -273,7 +273,7 @@ def test_which_layers_become_int8(mode):
 def test_weights_that_cannot_be_quantized():
     model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
     nn.init.constant_(model[1].weight, math.nan)
-    with pytest.raises(UserError, match="can't be quantized: 1: .*finite"):
+    with pytest.raises(UserError, match=r"can't be quantized: 1: .*finite"):
         quantize_(model, "dynamic")
 
 
@@ -473,7 +473,7 @@ def test_a_language_model(transformers, run, capsys, options):
     before, after = summary_of(made).values()
     assert after["validation_loss"] < before["validation_loss"] + 0.1
     assert "bits per byte" in capsys.readouterr().out
-    assert all(isinstance(m, Int8Linear) for m in made.model.modules() if "Linear" in str(type(m)))
+    assert not any(type(layer) is nn.Linear for layer in made.model.modules())
     for command in ["evaluate"], ["generate", "--prompt", "x4", "--temperature", "0"]:
         assert main([command[0], str(made.folder), *command[1:], "--device", "cpu"]) == 0
     out = capsys.readouterr().out

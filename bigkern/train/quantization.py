@@ -12,7 +12,7 @@ from bigkern.train.loop import Task, epoch_order
 
 CALIBRATION_BATCHES = 8
 # Shorter sums hold little memory, and are slower in INT8: SimpleCNN's convolution, of 9 products,
-# takes five times as long (batch 64, AVX2).
+# takes nearly five times as long (batch 64, AVX2).
 MIN_TERMS = 32
 
 
