@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from bigkern.nn.compare import peak_bytes
 
-WARM_UP_CALLS = 3
-MIN_CALLS, MAX_CALLS = 20, 500
+WARM_UP_CALLS = 2
+MIN_CALLS, MAX_CALLS = 10, 500
 SECONDS = 1.0  # of calls of one model
 
 
