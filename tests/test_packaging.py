@@ -46,7 +46,8 @@ def test_top_level_kernels_is_not_ours(tmp_path):
 
 
 def test_imports_without_triton_numpy_and_extras(tmp_path):
-    for package in ("triton", "sklearn", "torchvision", "tensorboard", "tqdm"):
+    extras = ("sklearn", "torchvision", "tensorboard", "tqdm", "transformers", "accelerate")
+    for package in ("triton", *extras):
         (tmp_path / f"{package}.py").write_text("raise ImportError('not here')")
     code = "import bigkern, torch; from bigkern.ops import grad_norm; grad_norm([torch.ones(2)])"
     run(sys.executable, "-c", code, env={"PYTHONPATH": str(tmp_path)})
