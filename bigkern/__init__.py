@@ -6,7 +6,7 @@ import torch  # noqa: F401  (before the compiled libraries, which need torch's)
 
 __version__ = version("bigkern")
 
-from bigkern import amp, backends, libraries, models, nn, optim
+from bigkern import amp, backends, libraries, models, nn, onnx, optim
 from bigkern.ops import (
     int8_conv2d,
     int8_linear,
@@ -32,6 +32,7 @@ __all__ = [
     "libraries",
     "models",
     "nn",
+    "onnx",
     "optim",
     "pack_conv2d_weight",
     "pack_weight",

@@ -24,16 +24,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 DRIVER = Path(__file__).parent / "distributed_driver.py"
-# 1437 images by 400: the last batch has 237, 119 and 118 for the two.
-CNN = ["train", "cnn", "--device", "cpu", "--epochs", "1", "--batch-size", "400"]
+# 1437 images by 480: the last batch has 477, 239 and 238 for the two.
+CNN = ["train", "cnn", "--device", "cpu", "--epochs", "1", "--batch-size", "480", "--no-amp"]
 TRANSFORMER = [
     *("train", "transformer", "--device", "cpu", "--batch-size", "5", "--context", "24"),
     *("--dim", "16", "--num-heads", "2", "--schedule", "constant"),
 ]
 COMMANDS = {
-    "cnn": [*CNN, "--no-amp", "--accumulate", "2", "--max-grad-norm", "1"],
-    "amp": [*CNN, "--amp"],
+    "cnn": [*CNN, "--accumulate", "2", "--max-grad-norm", "1"],
     "transformer": [*TRANSFORMER, "--epochs", "2"],
+    "amp": [*TRANSFORMER, "--epochs", "1", "--amp"],
 }
 
 
@@ -77,8 +77,7 @@ def interrupted(folder):
         while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= 3):
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
-        output = process.communicate(timeout=60)[0]
-    return output
+        return process.communicate(timeout=60)[0]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +88,7 @@ def driver(folder, interrupted):
     epochs = str(final_state(folder / "stopped")["step"] // steps_per_epoch + 2)
     dropout = [*TRANSFORMER, *text, "--dropout", "0.1", "--epochs", epochs]
     lines = [
-        [*command, *(text if name == "transformer" else []), "--out", folder / name]
+        [*command, *([] if name == "cnn" else text), "--out", folder / name]
         for name, command in COMMANDS.items()
     ]
     lines += [
@@ -123,7 +122,7 @@ def test_commands_train_as_one_process_does(folder, driver, name):
     """But for the order of sums in float32, whose differences the steps before have amplified. With
     amp they can tip the rounding of an activation to bfloat16."""
     alone = folder / f"{name} alone"
-    text = ["--text", str(folder / "text")] if name == "transformer" else []
+    text = [] if name == "cnn" else ["--text", str(folder / "text")]
     assert cli.main([*COMMANDS[name], *text, "--out", str(alone)]) == 0
     assert losses(folder / name) == pytest.approx(
         losses(alone), rel=2**-8 if name == "amp" else 1e-5
@@ -135,17 +134,17 @@ def test_commands_train_as_one_process_does(folder, driver, name):
     assert (folder / name / "summary.json").exists()
 
 
-def test_one_process_goes_on_with_a_run_of_two(folder, driver, capsys):
-    run = folder / "cnn"
+def test_one_process_goes_on_with_a_run_of_two(folder, driver):
+    run = folder / "amp"
     steps = len(losses(run))
-    assert cli.main(["train", "cnn", "--resume", str(run), "--epochs", "2"]) == 0
+    assert cli.main([*TRANSFORMER[:2], "--resume", str(run), "--epochs", "2"]) == 0
     assert steps_logged(run) == list(range(1, 2 * steps + 1))
-    assert cli.main(["evaluate", str(run), "--device", "cpu"]) == 0
+    assert cli.main(["generate", str(run), "--prompt", "a", "--max-new-tokens", "2"]) == 0
 
 
 def test_only_the_leader_speaks(driver):
-    assert driver.count("Epoch [1/1], Step [1/4]") == 2  # of the two runs of the CNN
-    assert driver.count("Sample: held-out image 0") == 2
+    assert driver.count("Epoch [1/1], Step [1/3]") == 1  # of the CNN
+    assert driver.count("Sample: held-out image 0") == 1
 
 
 def test_draws_differ(results):
@@ -158,9 +157,7 @@ def test_sigterm_stops_all_after_the_same_step(folder, interrupted, driver):
     hint = f"torchrun --nproc-per-node 2 -m bigkern train transformer --resume {folder / 'stopped'}"
     assert interrupted.count("bigkern: stopped after step") == 1
     assert hint in interrupted
-    assert (folder / "stopped" / f"checkpoint-{step:08d}.pt").exists() or step < len(
-        losses(folder / "stopped")
-    )
+    assert 3 <= step < len(losses(folder / "stopped"))
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(folder, driver):
@@ -191,5 +188,5 @@ def test_an_error_of_one_process_ends_all(tmp_path):
 def test_compare_is_refused(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     args = cli.build_parser().parse_args([*CNN, "--compare"])
-    with pytest.raises(UserError, match="--compare .*: start it without torchrun"):
+    with pytest.raises(UserError, match=r"--compare .*: start it without torchrun"):
         cli.train.__wrapped__(args, "cnn", CnnConfig, cli.cnn.run, cli.cnn.compare)

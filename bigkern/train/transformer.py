@@ -82,7 +82,9 @@ def text_scores(model: Transformer, text: Tensor) -> dict[str, float]:
     return {"validation_loss": loss, "bits_per_byte": loss / math.log(2)}
 
 
-def run(config: TransformerTrainConfig, out: Path | None = None, resume: bool = False) -> Summary | None:
+def run(
+    config: TransformerTrainConfig, out: Path | None = None, resume: bool = False
+) -> Summary | None:
     """Train as `config` says, print the report, and write it to `out`/summary.json. Of several
     processes the leader alone reports."""
     if config.objective == "classify":
