@@ -7,6 +7,8 @@ import torch  # noqa: F401  (before the compiled libraries, which need torch's)
 __version__ = version("bigkern")
 
 from bigkern import amp, backends, libraries, models, nn, onnx, optim
+from bigkern.nn.compare import compare
+from bigkern.nn.swap import swap
 from bigkern.ops import (
     int8_conv2d,
     int8_linear,
@@ -26,6 +28,7 @@ __all__ = [
     "amp",
     "attention_with_cache",
     "backends",
+    "compare",
     "int8_conv2d",
     "int8_linear",
     "int8_mm",
@@ -38,6 +41,7 @@ __all__ = [
     "pack_weight",
     "quantize_rows",
     "scaled_dot_product_attention",
+    "swap",
     "varlen_attention",
     "weight_only_linear",
 ]

@@ -1,6 +1,7 @@
 """How accuracy is judged: by how wrong plain PyTorch is in the same dtype, not by a tolerance
 picked by hand; and how memory is measured."""
 
+import ctypes
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -39,8 +40,9 @@ def assert_as_accurate(
 def memory_beyond_results(call: Callable[[], Iterable[Tensor]]) -> int:
     """Bytes that `call` takes on the CPU at its peak, beyond what was there and what it returns.
 
-    Linux only: reads and resets the peak in ``/proc``.
+    Linux with glibc only: reads and resets the peak in ``/proc``.
     """
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed would be taken again unnoticed
     Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
     before = _process_status("VmRSS")
     results = list(call())

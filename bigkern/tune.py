@@ -3,6 +3,7 @@
 import datetime
 import json
 import math
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -92,8 +93,17 @@ def source() -> dict[str, str]:
     return {
         "card": torch.cuda.get_device_name(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "commit": bigkern.__version__,
+        "commit": commit() or bigkern.__version__,
     }
+
+
+def commit() -> str | None:
+    """That of the checkout which this package is in, with `+` where files differ from it."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip() or None
 
 
 def text(config: Config) -> str:

@@ -170,7 +170,7 @@ def test_a_whole_network():
         (
             lambda: Int8Conv2d(3, 4, 3)(torch.ones(1, 3, 5, 5, device="meta")),
             ValueError,
-            "x must be on cpu, like the weight, got meta",
+            "input must be on cpu, like the weight, got meta",
         ),
     ],
 )

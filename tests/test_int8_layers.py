@@ -376,9 +376,9 @@ def test_bad_inputs(mode):
         layer(torch.ones(2, 3, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"x .*\[2, 4\]"):
         layer(torch.ones(2, 4))
-    with pytest.raises(ValueError, match="x must be on cpu, like the weight, got meta"):
+    with pytest.raises(ValueError, match="input must be on cpu, like the weight, got meta"):
         layer(torch.ones(2, 3, device="meta"))
-    with pytest.raises(ValueError, match=r"x must be on meta, like the weight, got cpu"):
+    with pytest.raises(ValueError, match=r"input must be on meta, like the weight, got cpu"):
         layer.to("meta")(torch.ones(2, 3))
     with pytest.raises(TypeError, match=r"dtype must be torch\.float32 or"):
         Int8Linear(3, 4, mode=mode, dtype=torch.float64)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -181,6 +183,10 @@ def test_what_is_measured_is_taken_where_the_table_is_named(monkeypatch, tmp_pat
         assert [row["dtype"] for row in rows] == ["float32", "bfloat16", "float64"]
         assert rows[0]["config"] == shipped | {"BLOCK": shipped["BLOCK"] // 2}
         assert rows[0]["source"]["card"] == "NVIDIA A100"
+        checkout = Path(__file__).parents[1]
+        if (checkout / ".git").exists():
+            head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=checkout, text=True)
+            assert head.startswith(rows[0]["source"]["commit"].rstrip("+"))
         old_and_new = (
             "num_stages 1 | 1.0000 | BLOCK 1024, num_warps 8, num_stages 1 | 0.5000 | 2.00"
         )

@@ -55,7 +55,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         for name, parameter in module.named_parameters(recurse=False):
             setattr(layer, name, parameter)
         layer.out_proj = module.out_proj
-        return layer.train(module.training)
+        layer.training = module.training  # its output projection, which is shared, has a mode too
+        return layer
 
     def forward(
         self,

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bigkern.nn.calls import call, evaluating
+
 # Layers whose outputs are scaled, one by one, where their weight and bias are.
 FOLDABLE = (
     nn.LayerNorm,
@@ -50,20 +52,14 @@ def input_ranges(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
     ]
-    trained = [module for module in model.modules() if module.training]
     num_batches = 0
     try:
-        model.eval()
-        for num_batches, batch in enumerate(batches, start=1):  # noqa: B007
-            if isinstance(batch, Mapping):
-                model(**batch)
-            else:
-                model(*(batch if isinstance(batch, tuple) else (batch,)))
+        with evaluating(model):
+            for num_batches, batch in enumerate(batches, start=1):  # noqa: B007
+                call(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
-        for module in trained:
-            module.training = True
     if not num_batches:
         raise ValueError("batches must hold one at least, got none")
     return ranges

@@ -112,15 +112,15 @@ class Int8Conv2d(Int8Layer):
     def _unpack_weight(self, packed: Tensor) -> Tensor:
         return unpack_conv2d_weight(packed, self.weight_shape, self.groups)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """As torch.nn.Conv2d's, for x in float32, bfloat16 or float16, and of its dtype."""
-        self._check_device(x)
-        dtype, padding = output_dtype(x), self.padding
+    def forward(self, input: Tensor) -> Tensor:
+        """As torch.nn.Conv2d's, for float32, bfloat16 and float16, and of the input's dtype."""
+        self._check_device(input)
+        dtype, padding = output_dtype(input), self.padding
         if self.padding_mode != "zeros":
-            x = F.pad(x, self._reversed_padding_repeated_twice, self.padding_mode)
+            input = F.pad(input, self._reversed_padding_repeated_twice, self.padding_mode)
             padding = 0
         return int8_conv2d(
-            x,
+            input,
             self._kernel_weight,
             self.weight_scale,
             self.bias,

@@ -84,10 +84,10 @@ class Int8Layer(nn.Module):
         finally:
             self._pack()
 
-    def _check_device(self, x: Tensor) -> None:
+    def _check_device(self, input: Tensor) -> None:
         device = self.weight_scale.device
-        if x.device != device:
-            raise ValueError(f"x must be on {device}, like the weight, got {x.device}")
+        if input.device != device:
+            raise ValueError(f"input must be on {device}, like the weight, got {input.device}")
 
     def _apply(self, fn, recurse=True):
         with self._unpacked():

@@ -177,20 +177,20 @@ class Int8Linear(Int8Layer):
         ops = backends.select("unpack_weight", packed.device.type)
         return ops.unpack_weight.default(packed, self.out_features, self.in_features)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., out_features] in x's dtype for x [..., in_features]: float32, bfloat16, float16."""
-        self._check_device(x)
-        dtype, columns = output_dtype(x), self.outlier_columns
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., out_features] for [..., in_features], of its dtype: float32, bfloat16, float16."""
+        self._check_device(input)
+        dtype, columns = output_dtype(input), self.outlier_columns
         if self.mode == "weight_only":
             y = weight_only_linear(
-                x.to(dtype),
+                input.to(dtype),
                 self.weight_q,
                 self.weight_scale,
                 self.bias,
                 group_size=self.group_size,
             )
             return ACTIVATIONS[self.activation](y)
-        inliers = x if columns is None else x.index_fill(-1, columns, 0.0)
+        inliers = input if columns is None else input.index_fill(-1, columns, 0.0)
         if self.input_factor is not None:
             inliers = inliers * self.input_factor
         y = int8_linear(
@@ -204,7 +204,7 @@ class Int8Linear(Int8Layer):
         )
         if columns is None:
             return y
-        y = y + F.linear(x[..., columns].to(dtype), self.outlier_weight.to(dtype))
+        y = y + F.linear(input[..., columns].to(dtype), self.outlier_weight.to(dtype))
         return ACTIVATIONS[self.activation](y)
 
     def extra_repr(self) -> str:

@@ -51,9 +51,9 @@ class Int8TrainingLinear(nn.Linear):
         layer.weight, layer.bias = linear.weight, linear.bias
         return layer.train(linear.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         return int8_training_linear(
-            x, self.weight, self.bias, grad=self.grad, out_dtype=output_dtype(x)
+            input, self.weight, self.bias, grad=self.grad, out_dtype=output_dtype(input)
         )
 
     def extra_repr(self) -> str:
