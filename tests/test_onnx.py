@@ -256,19 +256,6 @@ def language_model():
     return Transformer(config), torch.randint(16, (3, 9))
 
 
-def swap_layers(model):
-    """nn.MultiheadAttention, nn.Linear and nn.Conv2d by bigkern's, in place."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child) is nn.MultiheadAttention:
-                setattr(module, name, MultiheadAttention.from_torch(child))
-            elif type(child) is nn.Linear:
-                setattr(module, name, Int8Linear.from_linear(child))
-            elif type(child) is nn.Conv2d:
-                setattr(module, name, Int8Conv2d.from_conv(child))
-    return model
-
-
 @pytest.mark.parametrize(
     "make",
     [encoder, language_model, lambda: (SimpleCNN(), torch.randn(3, 1, 28, 28))],
@@ -280,7 +267,7 @@ def test_models(make):
     model, x = make()
     model.eval()
     exact = copy.deepcopy(model).double()(x.double() if x.is_floating_point() else x).detach()
-    swap_layers(model)
+    bigkern.swap(model, attention=True, linear="int8", conv2d="int8")
     sizes = {0: Dim("batch"), **({} if x.dim() == 4 else {1: Dim("length", max=12)})}
     example = x[:2] if x.dim() == 4 else x[:2, :5].contiguous()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
