@@ -278,3 +278,4 @@ def test_models(make):
     assert_as_accurate(y, exact, expected)
     assert "MatMulInteger" in operators
     assert all(torch.equal(tensor, before[k]) for k, tensor in model.state_dict().items())
+    model.load_state_dict(before)

@@ -280,7 +280,7 @@ LAYERS = {
     "Int8Conv2d": lambda: Int8Conv2d(4, 6, 3, groups=2),
     "Int8TrainingLinear": lambda: Int8TrainingLinear(E, 8),
     "SimpleCNN": SimpleCNN,
-    "rotary": lambda: Transformer(SMALL),
+    "rotary": lambda: Transformer(replace(SMALL, positions="rotary")),
     "learned": lambda: Transformer(replace(SMALL, positions="learned")),
 }
 
@@ -307,7 +307,7 @@ def test_meta_device_and_to_empty(make, monkeypatch):
         if value.dtype == torch.int8:
             value.random_(-127, 128)
         elif value.is_floating_point():
-            value.uniform_(0.01, 0.02)
+            value.uniform_(0.01, 1)
     model.load_state_dict(state)
     with torch.device("meta"):
         other = make()

@@ -142,7 +142,7 @@ class Transformer(nn.Module):
     def _make_tables(self, *_: object) -> None:
         if self.config.positions == "rotary":
             for name, table in zip(("cos", "sin"), rotary_tables(self.config), strict=True):
-                table = table.to(self.head.weight)  # [context, E / 2]
+                table = table.to(next(self.parameters()))  # [context, E / 2]
                 self.register_buffer(name, table, persistent=False)
 
     def reset_parameters(self) -> None:
