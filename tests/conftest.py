@@ -12,7 +12,10 @@ from bigkern.train.loop import train
 
 TRITON = {"triton": 80, "triton sm_90": 90}  # devices of tests, and what they compile for
 
-sys.path.append(str(Path(__file__).parent / "stand_ins"))  # what is installed comes first
+TESTS = Path(__file__).parent
+# Our folder `kernels` is not the package of that name, which transformers looks for.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != TESTS.parent]
+sys.path.append(str(TESTS / "stand_ins"))  # what is installed comes first
 
 
 def pytest_report_header():

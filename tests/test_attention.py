@@ -101,6 +101,17 @@ def test_more_than_a_tile(dtype, causal, device):
     check_function(run_function, served(case, device))
 
 
+@pytest.mark.parametrize("window", [(40, 0), (-1, -1), (0, 40)])
+@pytest.mark.parametrize(
+    "options",
+    [{"mask": "bool", "mask_dims": (True, False, False, True)}, {"softcap": 2.0}, {"alibi": "H"}],
+    ids=lambda options: next(iter(options)),
+)
+def test_rows_without_a_key_in_a_tile(options, window, device):
+    """Beside rows that have some."""
+    check_function(run_function, Case(B=1, H=1, Hkv=1, L=290, S=290, window=window, **options))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("H", "L", "E", "Ev", "window"),

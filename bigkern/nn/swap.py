@@ -1,6 +1,7 @@
 """Replaces what bigkern makes faster in a model, in place, and puts it back."""
 
 import functools
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -12,7 +13,14 @@ from bigkern.nn.int8_conv2d import Int8Conv2d
 from bigkern.nn.int8_layer import Int8Layer
 from bigkern.nn.int8_linear import MODES, Int8Linear
 from bigkern.nn.int8_training import Int8TrainingLinear
-from bigkern.nn.swap_change import AttentionInside, AttributeChange, Change, Transplant, describe
+from bigkern.nn.swap_change import (
+    AttentionInside,
+    AttentionOfTransformers,
+    AttributeChange,
+    Change,
+    Transplant,
+    describe,
+)
 from bigkern.nn.swap_choice import (
     Filter,
     Names,
@@ -244,17 +252,31 @@ def _change(
     for module, replacement in replacements.items():
         changes.append(Transplant(module, replacement))
         now[module] = describe(module)
-    for module in names if attention else ():
-        is_without = isinstance(module, MultiheadAttention) or not names_attention(type(module))
-        if module is not model and is_without:
-            continue
-        if "forward" in vars(module):
-            reasons[module] = "its forward was replaced"
-            continue
-        changes.append(AttentionInside(module))
-        now[module] = describe(module)
+    for module, change in _attention_changes(model, names).items() if attention else ():
+        try:
+            changes.append(change(module))
+            now[module] = describe(module)
+        except NotImplementedError as error:
+            reasons[module] = str(error)
     report.modules = [
         Swapped(tuple(names[module]), was[module], now.get(module), reasons.get(module))
         for module in names
         if module in now or module in reasons
     ]
+
+
+def _attention_changes(model: nn.Module, names: Names) -> dict[nn.Module, Callable]:
+    """How the calls of torch's attention in a model are turned to bigkern's."""
+    transformers = sys.modules.get("transformers")
+    found: dict[nn.Module, Callable] = {}
+    inside: set[nn.Module] = set()  # models of transformers, each with its parts
+    for module in names:
+        if transformers and isinstance(module, transformers.PreTrainedModel):
+            if module not in inside:
+                found[module] = AttentionOfTransformers
+                inside.update(module.modules())
+        elif module is model or (
+            names_attention(type(module)) and not isinstance(module, MultiheadAttention)
+        ):
+            found[module] = AttentionInside
+    return found

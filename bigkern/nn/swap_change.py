@@ -64,6 +64,8 @@ class AttentionInside:
     """Calls of torch's attention in the forward of `module` run bigkern's."""
 
     def __init__(self, module: nn.Module) -> None:
+        if "forward" in vars(module):
+            raise NotImplementedError("its forward was replaced")
         self.module = module
         self.forward = module.forward = functools.partial(_forward_with_attention, module)
 
@@ -72,6 +74,18 @@ class AttentionInside:
 
     def undo(self) -> None:
         del self.module.forward
+
+
+class AttentionOfTransformers:
+    """A model of Hugging Face's transformers takes the attention "bigkern"."""
+
+    def __init__(self, model: nn.Module) -> None:
+        from bigkern.integrations import transformers
+
+        self.module, self.undo = model, transformers.enable(model)
+
+    def is_there(self) -> bool:
+        return self.module.config._attn_implementation == "bigkern"
 
 
 class _Attention(TorchFunctionMode):
@@ -95,4 +109,6 @@ def describe(module: nn.Module) -> str:
     forward = vars(module).get("forward")
     if isinstance(forward, functools.partial) and forward.func is _forward_with_attention:
         return f"{name} with bigkern's attention inside"
+    if hasattr(module, "set_attn_implementation"):  # a model of transformers
+        return f"{name} with the attention {module.config._attn_implementation}"
     return name

@@ -192,13 +192,15 @@ def attention_with_weights(
     enable_gqa: bool = False,
     *,
     average_heads: bool = False,
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
     generator: Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`scaled_dot_product_attention` and the weights that it gave the values, dropped ones
     zero: (..., H, L, S), or their mean over the heads (..., L, S). Both can be differentiated."""
     inputs, tensors, options, lead = _prepare(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-        None, None, None, generator,
+        window, softcap, None, generator,
     )  # fmt: skip
     out, *stats = attention(inputs, tensors, options)
     weights = attention_weights(*inputs[:2], *stats, tensors, options, average_heads)

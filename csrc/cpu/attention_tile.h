@@ -224,6 +224,7 @@ struct AttentionTile {
   BK_TARGET Scalar finish_scores(int64_t r, Scalar* scores, Scalar* slope = nullptr) {
     using Reg = typename V::Reg;
     const ColumnRange regs = regs_of(r);
+    if (regs.begin == regs.end) return -std::numeric_limits<Scalar>::infinity();
     const Scalar* added = bias;
     if (const Scalar* row = mask_row_as_it_is(r)) {
       added = row;

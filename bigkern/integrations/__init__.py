@@ -1,0 +1,1 @@
+"""bigkern inside other libraries. Each module needs its own, and is imported by its name."""
