@@ -267,7 +267,7 @@ def test_models(make):
     model, x = make()
     model.eval()
     exact = copy.deepcopy(model).double()(x.double() if x.is_floating_point() else x).detach()
-    bigkern.swap(model, attention=True, linear="int8", conv2d="int8")
+    bigkern.swap(model, linear="int8", conv2d="int8")
     sizes = {0: Dim("batch"), **({} if x.dim() == 4 else {1: Dim("length", max=12)})}
     example = x[:2] if x.dim() == 4 else x[:2, :5].contiguous()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
