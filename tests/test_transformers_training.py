@@ -40,7 +40,12 @@ def test_gradient_checkpointing(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "padding"), [("llama", None), ("mistral", "left"), ("bert", "left")]
+    ("name", "padding"),
+    [
+        ("llama", None),
+        ("mistral", "left"),
+        pytest.param("bert", "left", marks=pytest.mark.slow),
+    ],
 )
 def test_compiles_in_one_piece(name, padding):
     torch.compiler.reset()

@@ -13,8 +13,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
-from transformers import PreTrainedModel as Model
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
@@ -86,19 +90,14 @@ def attention(
             raise NotImplementedError(
                 f"bigkern has no {what} ({name}); use attn_implementation={instead!r}"
             )
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
-    L = query.size(2)
     window = None
     if attention_mask is None:
+        if is_causal is None:
+            is_causal = getattr(module, "is_causal", True)
+        L = query.size(2)
         if is_causal and 1 < L < key.size(2):
             key, value = key[:, :, :L], value[:, :, :L]
-        S = key.size(2)
-        left = -1 if sliding_window is None else sliding_window - 1
-        right = left
-        if is_causal:
-            right = L - S if L > S else 0
-        window = (left, right)
+        window = _window(is_causal, L, key.size(2), sliding_window)
     elif (parts := _parts_of(attention_mask)) is not None:
         attention_mask, window = parts.padding, parts.window
     if position_bias is not None:
@@ -148,45 +147,40 @@ def mask(
     remembered as such: where a layer gets the tensor as it is, the kernel takes padding and window
     instead, and skips the keys outside of it. A layer that cuts it, or adds to it, gets the whole.
     """
-    keys = {
+    arguments = kwargs | {
         "batch_size": batch_size,
         "kv_length": kv_length,
         "kv_offset": kv_offset,
         "attention_mask": attention_mask,
+        "local_size": local_size,
     }
-    kwargs |= {"local_size": local_size}
+    row = {"q_length": 1, "mask_function": bidirectional_mask_function}
     if mask_function is bidirectional_mask_function:
-        row = sdpa_mask(**keys, q_length=1, mask_function=mask_function, **kwargs)
-        return row if row is None else row.expand(-1, -1, q_length, -1)
+        first = sdpa_mask(**arguments | row)
+        return first if first is None else first.expand(-1, -1, q_length, -1)
 
     whole = sdpa_mask(
-        **keys, q_length=q_length, q_offset=q_offset, mask_function=mask_function, **kwargs
+        **arguments, q_length=q_length, q_offset=q_offset, mask_function=mask_function
     )
     if whole is None or torch.compiler.is_compiling() or whole.is_inference():
         return whole
     window = _window_of(mask_function, local_size)
     is_aligned = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
     if window is not None and is_aligned:
-        padding = sdpa_mask(
-            **keys,
-            q_length=1,
-            mask_function=bidirectional_mask_function,
-            allow_is_causal_skip=False,
-            allow_is_bidirectional_skip=True,
-            device=whole.device,
-        )
+        row |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": True}
+        padding = sdpa_mask(**arguments | row | {"local_size": None})
         whole.bigkern_parts = _Parts(padding, window, whole._version)
     return whole
 
 
-def enable(model: Model) -> Callable[[], None]:
+def enable(model: PreTrainedModel) -> Callable[[], None]:
     """Lets a model and its parts attend by ``"bigkern"``; returns what undoes it.
 
     Raises:
         TypeError: not a ``PreTrainedModel``.
         NotImplementedError: a model that doesn't use transformers' attention interface.
     """
-    if not isinstance(model, Model):
+    if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers.PreTrainedModel, got {type(model)}")
     before = [(config, config._attn_implementation) for config in _configs(model)]
 
@@ -194,24 +188,34 @@ def enable(model: Model) -> Callable[[], None]:
         for config, name in before:  # of a part after that of the whole, which sets its parts too
             config._attn_implementation = name
 
-    model.set_attn_implementation(NAME)
-    if all(config._attn_implementation != NAME for config, _ in before):
+    try:
+        model.set_attn_implementation(NAME)
+        if all(config._attn_implementation != NAME for config, _ in before):
+            raise NotImplementedError(
+                f"{type(model).__name__} doesn't use transformers' attention interface; its "
+                "attention stays as it is"
+            )
+    except BaseException:
         undo()
-        raise NotImplementedError(
-            f"{type(model).__name__} doesn't use transformers' attention interface; its attention "
-            "stays as it is"
-        )
+        raise
     return undo
 
 
-def _configs(model: Model) -> list[PreTrainedConfig]:
+def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
     """Of the model and its parts, a part's after that of the whole."""
-    found = [module.config for module in model.modules() if isinstance(module, Model)]
+    found = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     for config in found:  # grows meanwhile
-        found += [
-            part for name in config.sub_configs if (part := getattr(config, name)) is not None
-        ]
+        parts = (getattr(config, name, None) for name in config.sub_configs)
+        found += [part for part in parts if part is not None]
     return list({id(config): config for config in found}.values())
+
+
+def _window(is_causal: bool, L: int, S: int, sliding_window: int | None) -> tuple[int, int]:
+    """Of what is aligned to the top left and has no more keys than queries, or of one query."""
+    left = -1 if sliding_window is None else sliding_window - 1
+    if not is_causal:
+        return left, left
+    return left, L - S if L > S else 0  # not max: with symbols it is no integer
 
 
 def _parts_of(attention_mask: Tensor) -> _Parts | None:
