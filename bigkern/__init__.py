@@ -6,7 +6,7 @@ import torch  # noqa: F401  (before the compiled libraries, which need torch's)
 
 __version__ = version("bigkern")
 
-from bigkern import amp, backends, libraries, models, nn, optim
+from bigkern import amp, backends, libraries, models, nn, onnx, optim
 from bigkern.nn.compare import compare
 from bigkern.nn.swap import swap
 from bigkern.ops import (
@@ -35,6 +35,7 @@ __all__ = [
     "libraries",
     "models",
     "nn",
+    "onnx",
     "optim",
     "pack_conv2d_weight",
     "pack_weight",

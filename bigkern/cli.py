@@ -11,7 +11,7 @@ from typing import Any
 from bigkern import __version__
 from bigkern.models.attention import IMPLEMENTATIONS
 from bigkern.models.transformer import POSITIONS
-from bigkern.train import cnn, transformer
+from bigkern.train import cnn, distributed, transformer
 from bigkern.train.compress import compress
 from bigkern.train.config import (
     DATA_SETS,
@@ -76,7 +76,14 @@ def build_parser() -> argparse.ArgumentParser:
         ("transformer", "a Transformer on text", add_transformer_options, train_transformer),
     ):
         # Only the options that were given show up, so that --resume knows what is to change.
-        command = tasks.add_parser(name, help=help, argument_default=argparse.SUPPRESS)
+        command = tasks.add_parser(
+            name,
+            help=help,
+            argument_default=argparse.SUPPRESS,
+            epilog=f"On several GPUs: torchrun --nproc-per-node N -m bigkern train {name} ... Each "
+            "process takes its share of every batch, so that they train as one with the same "
+            "--batch-size does; dropout and augmentation draw other numbers.",
+        )
         add_model_options(command)
         command.set_defaults(run=train)
 
@@ -160,8 +167,8 @@ def add_train_options(
     adds one more field of `config`."""
     add = adder(parser, config)
     add("epochs", "passes over the training set", type=int)
-    add("batch_size", "examples per step, up to the full set", type=int)
-    add("accumulate", "parts of a batch, one after another through the model", type=int)
+    add("batch_size", "examples per step, up to the full set, of all processes together", type=int)
+    add("accumulate", "parts of a process's batch, one after another through the model", type=int)
     add("optimizer", "Adam from bigkern or from torch, or torch's SGD", choices=OPTIMIZERS)
     add("lr", "learning rate", type=float)
     add("warmup_steps", "steps over which the learning rate rises", type=int)
@@ -271,6 +278,7 @@ def train_transformer(args: argparse.Namespace) -> None:
     train(args, "transformer", make_config, transformer.run, transformer.compare)
 
 
+@distributed.processes()
 def train(
     args: argparse.Namespace,
     task: str,
@@ -280,6 +288,8 @@ def train(
 ) -> None:
     given = dict(vars(args))
     del given["run"]
+    if distributed.is_launched() and "compare" in given:
+        raise UserError("--compare measures one process at a time: start it without torchrun")
     out, resume = given.pop("out", None), given.pop("resume", None)
     if not (out or resume) and "save_every" in given:
         raise UserError("--save-every needs --out")

@@ -66,6 +66,18 @@ def test_ctrl_c_without_out_says_that_nothing_is_saved():
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_sigterm_stops_as_ctrl_c_does(tmp_path):
+    def terminate(step):
+        if step == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt, match=f"stopped after step 4; .*--resume {tmp_path}"):
+        train(small_task(terminate), SMALL, tmp_path)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert steps_logged(tmp_path) == [1, 2, 3, 4]
+
+
 def test_going_on_with_a_finished_run_trains_no_more(tmp_path):
     whole = train(small_task(), SMALL, tmp_path)
     again = train(small_task(), SMALL, tmp_path, resume=True)

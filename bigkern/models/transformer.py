@@ -132,16 +132,22 @@ class Transformer(nn.Module):
             self.embedding = nn.Linear(config.num_features, config.dim)
         if config.positions == "learned":
             self.position = nn.Embedding(config.context, config.dim)
-        else:
-            for name, table in zip(("cos", "sin"), rotary_tables(config), strict=True):
-                self.register_buffer(name, table, persistent=False)  # [context, E / 2]
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
         self.norm = nn.LayerNorm(config.dim) if config.norm_first else nn.Identity()
         self.head = nn.Linear(config.dim, config.num_classes or config.vocab_size)
         self.reset_parameters()
+        # The state doesn't hold the tables, which to_empty loses.
+        self.register_load_state_dict_post_hook(Transformer._make_tables)
+
+    def _make_tables(self, *_: object) -> None:
+        if self.config.positions == "rotary":
+            for name, table in zip(("cos", "sin"), rotary_tables(self.config), strict=True):
+                table = table.to(next(self.parameters()))  # [context, E / 2]
+                self.register_buffer(name, table, persistent=False)
 
     def reset_parameters(self) -> None:
         """As GPT-2: what adds to the residual stream is the smaller, the more blocks there are."""
+        self._make_tables()
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 adds = name.endswith(("attention.out", "feed_forward.2"))

@@ -52,8 +52,11 @@ class Int8TrainingLinear(nn.Linear):
         return layer.train(linear.training)
 
     def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        if not (self.training or torch.is_grad_enabled()):  # an evaluation draws no seeds
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
         return int8_training_linear(
-            input, self.weight, self.bias, grad=self.grad, out_dtype=output_dtype(input)
+            input, weight, bias, grad=self.grad, out_dtype=output_dtype(input)
         )
 
     def extra_repr(self) -> str:

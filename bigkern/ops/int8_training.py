@@ -143,7 +143,9 @@ def int8_training_linear(
         bias: (N), of any of these dtypes.
         grad: "float": the products of the gradients are of float32. "int8": they are of int8, and
             the output's gradient is rounded stochastically (see :func:`quantize_rows_stochastic`),
-            so that they are the same on average; torch's generator of x's device draws the seeds.
+            so that they are the same on average; torch's generator of x's device draws the seeds,
+            under :class:`torch.no_grad` too, where x, weight or bias require a gradient: what a
+            checkpoint recomputes draws what its first pass drew.
         out_dtype: x's by default.
 
     Returns:
@@ -157,14 +159,12 @@ def int8_training_linear(
         raise ValueError(f"grad must be one of {', '.join(GRADS)}, got {grad!r}")
     weight_q, weight_scale = quantize_rows(weight)
     out_dtype = out_dtype or x.dtype
-    needs_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias)
-    )
-    if not needs_grad:
-        return int8_linear(x, weight_q, weight_scale, bias, out_dtype=out_dtype)
+    requires_grad = any(t is not None and t.requires_grad for t in (x, weight, bias))
     philox = None
-    if grad == "int8":
+    if requires_grad and grad == "int8":
         philox = torch.randint(-(2**63), 2**63 - 1, (2, 2), dtype=torch.int64, device=x.device)
+    if not (requires_grad and torch.is_grad_enabled()):
+        return int8_linear(x, weight_q, weight_scale, bias, out_dtype=out_dtype)
     rows = x.reshape(-1, x.size(-1))
     y = _TrainingLinear.apply(rows, weight, bias, weight_q, weight_scale, philox, out_dtype)
     return y.view(*x.shape[:-1], y.size(-1))

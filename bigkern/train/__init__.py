@@ -7,6 +7,7 @@ cnn           the CNN's run
 transformer   the Transformer's: a language model of a text, or the digits row by row
 data          the digits, MNIST, and how their images become the model's input
 text          the text that a language model learns
+distributed   training by the processes of torchrun
 compare       what is shown of a run, and of two side by side
 checkpoint    saving and restoring a run so that no kill can break it
 metrics       accuracy, per-class scores, memory, and the log of a run

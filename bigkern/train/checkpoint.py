@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import torch
+from torch import Tensor
 
+from bigkern.train import distributed
 from bigkern.train.config import TrainConfig
 from bigkern.train.console import warn
 from bigkern.train.errors import UserError, writing
@@ -105,11 +107,15 @@ def open_run(folder: Path, run: RunState, resume: bool) -> int:
     step = 0
     if resume:
         step = restore(folder, run)
-    elif (folder / "config.json").exists() or list_checkpoints(folder):
-        raise UserError(f"{folder} holds a run: go on with --resume {folder}, or change --out")
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", {"task": run.identity["task"], **asdict(run.config)})
+        steps = distributed.gather(step)
+        if len(set(steps)) > 1:
+            raise UserError(f"all processes must see {folder}, but they found the steps {steps}")
+    if distributed.leads():
+        if not resume and ((folder / "config.json").exists() or list_checkpoints(folder)):
+            raise UserError(f"{folder} holds a run: go on with --resume {folder}, or change --out")
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", {"task": run.identity["task"], **asdict(run.config)})
     if step == 0:
         save_checkpoint(folder, step, run)
     return step
@@ -126,18 +132,23 @@ def _step_of(path: Path) -> int:
 
 
 def save_checkpoint(folder: Path, step: int, run: RunState) -> None:
-    """Save `run` after `step` steps, keep the checkpoint before it, and delete all others."""
+    """Save `run` after `step` steps, keep the checkpoint before it, and delete all others.
+
+    All processes call it, and the leader saves the random generators of all.
+    """
+    rng, *rng_of_others = distributed.gather(rng_state(run.device))
+    if not distributed.leads():
+        return
     path = folder / f"checkpoint-{step:08d}.pt"
     state = {
         "format": FORMAT,
         "step": step,
         "identity": run.identity,
         "config": asdict(run.config),
-        "rng": {"cpu": torch.get_rng_state()},
+        "rng": rng,
+        "rng_of_others": rng_of_others,
         **{name: part.state_dict() for name, part in run.parts.items()},
     }
-    if run.device.type == "cuda":
-        state["rng"]["cuda"] = torch.cuda.get_rng_state(run.device)
     with atomic_file(path) as file:
         hashing = _HashingFile(file)
         torch.save(state, hashing)
@@ -149,6 +160,20 @@ def save_checkpoint(folder: Path, step: int, run: RunState) -> None:
     halves = folder.glob("checkpoint-*.pt.tmp")  # left by a kill
     for stale in {*saved, *halves} - {path, *before[:1]}:
         stale.unlink()
+
+
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """That of torch's generators, of the CPU's and the device's."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def restore(folder: Path, run: RunState) -> int:
@@ -169,9 +194,9 @@ def restore(folder: Path, run: RunState) -> int:
         try:
             for name, part in run.parts.items():
                 part.load_state_dict(state[name])
-            torch.set_rng_state(state["rng"]["cpu"])
-            if run.device.type == "cuda" and "cuda" in state["rng"]:
-                torch.cuda.set_rng_state(state["rng"]["cuda"], run.device)
+            rng = [state["rng"], *state.get("rng_of_others", [])]
+            if distributed.rank() < len(rng):  # else there are more processes than before
+                set_rng_state(rng[distributed.rank()], run.device)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(path, f"its state doesn't fit ({error})") from error
         return state["step"]

@@ -8,6 +8,7 @@ from torch import nn
 from bigkern.models import SimpleCNN
 from bigkern.nn import Int8TrainingLinear
 from bigkern.train import compare as side_by_side
+from bigkern.train import distributed
 from bigkern.train.config import CnnConfig
 from bigkern.train.data import ImageData, load_data
 from bigkern.train.images import ImageSummary, image_task, run_task
@@ -23,9 +24,11 @@ def build_task(config: CnnConfig, data: ImageData) -> Task:
     return image_task("cnn", "SimpleCNN", lambda: build_model(config), data, config.augment)
 
 
-def run(config: CnnConfig, out: Path | None = None, resume: bool = False) -> ImageSummary:
-    """Train the CNN as `config` says, print the report, and write it to `out`/summary.json."""
-    data = load_data(config)
+def run(config: CnnConfig, out: Path | None = None, resume: bool = False) -> ImageSummary | None:
+    """Train the CNN as `config` says, print the report, and write it to `out`/summary.json. Of
+    several processes the leader alone reports."""
+    with distributed.leader_first():  # which may download them
+        data = load_data(config)
     return run_task(build_task(config, data), config, data, out, resume)
 
 

@@ -27,18 +27,24 @@ def progress(done: int, total: int) -> Iterator[tuple[Callable, Callable]]:
 
 @contextlib.contextmanager
 def interrupt_flag() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets, so that no step is cut in half. A second Ctrl-C stops at once."""
+    """An event that Ctrl-C or SIGTERM sets, so that no step is cut in half. A second one stops at
+    once."""
     flag = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # which alone receives signals
         yield flag
         return
 
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
     def on_interrupt(*_: object) -> None:
         flag.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        restore()
 
-    previous = signal.signal(signal.SIGINT, on_interrupt)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, on_interrupt) for number in numbers}
     try:
         yield flag
     finally:
-        signal.signal(signal.SIGINT, previous)
+        restore()

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bigkern.train import distributed
 from bigkern.train.compare import Summary
 from bigkern.train.config import TrainConfig
 from bigkern.train.data import ImageData, augmentation, normalize
@@ -101,9 +102,12 @@ def report(model: nn.Module, data: ImageData) -> tuple[float, float]:
 
 def run_task(
     task: Task, config: TrainConfig, data: ImageData, out: Path | None, resume: bool
-) -> ImageSummary:
-    """Train as `config` says, print the report, and write it to `out`/summary.json."""
+) -> ImageSummary | None:
+    """Train as `config` says, print the report, and write it to `out`/summary.json. Of several
+    processes the leader alone reports."""
     result = train(task, config, out, resume)
+    if not distributed.leads():
+        return None
     train_accuracy, test_accuracy = report(result.model, data)
     summary = ImageSummary(
         losses=result.losses,

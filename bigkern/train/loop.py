@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bigkern.train import distributed
 from bigkern.train.checkpoint import RunState, list_checkpoints, open_run, save_checkpoint
 from bigkern.train.config import TrainConfig
 from bigkern.train.console import interrupt_flag, progress
@@ -53,8 +54,11 @@ def train(
     The loss is printed at the first step of each epoch and every `log_every` steps after it. `out`
     receives config, metrics and checkpoints.
 
+    The processes of torchrun share each batch (see bigkern.train.distributed), and all of them see
+    `out`. So many again resume to the same parameters.
+
     Raises UserError where the loss is not finite or `out` can't be written or resumed, and, after
-    Ctrl-C and once the step is done and saved, KeyboardInterrupt.
+    Ctrl-C or SIGTERM and once the step is done and saved, KeyboardInterrupt.
     """
     if config.batch_size > task.num_examples:
         raise UserError(
@@ -63,6 +67,7 @@ def train(
     device, backend = pick_device(config.device), forced_backend(config.backend)
     torch.manual_seed(config.seed)
     model = task.build_model().to(device)
+    distributed.seed_generators(config.seed)
     optimizer, scaler = build_optimizer(config, model, device)
     run = RunState(
         identity={"task": task.name, **config.fixed(), **task.identity},
@@ -71,6 +76,8 @@ def train(
         device=device,
     )
     start = open_run(out, run, resume) if out else 0
+    trained = {**run.parts, "model": distributed.replicate(model)}
+    logs = out is not None and distributed.leads()
 
     steps_per_epoch = math.ceil(task.num_examples / config.batch_size)
     total_steps = config.epochs * steps_per_epoch
@@ -81,7 +88,7 @@ def train(
     model.train()
     with (
         backend,
-        contextlib.closing(MetricsLog(out, start)) if out else contextlib.nullcontext() as log,
+        contextlib.closing(MetricsLog(out, start)) if logs else contextlib.nullcontext() as log,
         progress(start, total_steps) as (say, advance),
         interrupt_flag() as interrupted,
     ):
@@ -90,19 +97,20 @@ def train(
             if i == 0 or step == start:
                 order = epoch_order(task.num_examples, config.seed, epoch)  # [num_examples]
             indices = order[i * config.batch_size : (i + 1) * config.batch_size]  # [B]
+            indices, weight = distributed.share(indices)
             batch = [tensor.to(device) for tensor in task.batch(indices)]
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step, total_steps)
-            unread.append(train_step(task, config, batch, **run.parts))
+            unread.append(train_step(task, config, batch, weight=weight, **trained))
             advance()
             prints = i % config.log_every == 0
             ends_epoch = i + 1 == steps_per_epoch
-            stops = interrupted.is_set()
+            stops = distributed.any_of(interrupted.is_set())
             saves = ends_epoch or stops or (step + 1) % config.save_every == 0
             if device.type == "cuda" and not (prints or saves or step == start):
                 continue
 
-            values = torch.stack(unread).tolist()
+            values = distributed.total(torch.stack(unread)).tolist()
             unread.clear()
             if tic:
                 step_seconds.append((time.perf_counter() - tic) / len(values))
@@ -115,13 +123,12 @@ def train(
             if log:
                 scores = evaluate(task, model) if ends_epoch else {}
                 log.write(first, epoch + 1, values, scores)
-                if saves:
-                    check_parameters(model, step + 1, config, out)
-                    save_checkpoint(out, step + 1, run)
+            if out and saves:
+                check_parameters(model, step + 1, config, out)
+                save_checkpoint(out, step + 1, run)
             if stops:
-                hint = (
-                    f"go on with: bigkern train {task.name} --resume {out}" if out else "not saved"
-                )
+                command = f"{distributed.command()} train {task.name}"
+                hint = f"go on with: {command} --resume {out}" if out else "not saved"
                 raise KeyboardInterrupt(f"stopped after step {step + 1}; {hint}")
             tic = time.perf_counter()
     return TrainResult(
@@ -139,9 +146,11 @@ def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
+    weight: float = 1.0,
 ) -> Tensor:
-    """One step on `batch`, on the model's device; returns the loss, a scalar on that device."""
-    loss = compute_gradients(task, config, batch, model, scaler)
+    """One step on `batch`, on the model's device; returns the loss, a scalar on that device, times
+    `weight`: this process's part of the whole batch."""
+    loss = compute_gradients(task, config, batch, model, scaler, weight)
     update_parameters(config, model, optimizer, scaler)
     optimizer.zero_grad()
     return loss
@@ -153,14 +162,20 @@ def compute_gradients(
     batch: list[Tensor],
     model: nn.Module,
     scaler: torch.amp.GradScaler,
+    weight: float = 1.0,
 ) -> Tensor:
-    """Add the gradients of the mean loss on `batch`, scaled, to the parameters' .grad."""
+    """Add the gradients of the mean loss on the whole batch, scaled, to the parameters' .grad; see
+    train_step."""
     device, size = batch[0].device.type, len(batch[0])
     losses = []
-    for part in zip(*(x.chunk(config.accumulate) for x in batch), strict=True):
-        with torch.autocast(device, AMP_DTYPE[device], enabled=config.amp):
-            loss = task.loss(model, *part) * (len(part[0]) / size)
-        scaler.scale(loss).backward()
+    parts = list(zip(*(x.chunk(config.accumulate) for x in batch), strict=True))
+    for i, part in enumerate(parts, start=1):
+        waits = i < len(parts)
+        with distributed.without_exchange(model) if waits else contextlib.nullcontext():
+            with torch.autocast(device, AMP_DTYPE[device], enabled=config.amp):
+                loss = task.loss(model, *part) * (weight * len(part[0]) / size)
+            # Over the processes the gradients are averaged, and are to be summed up.
+            scaler.scale(loss * distributed.size()).backward()
         losses.append(loss.detach())
     return sum(losses[1:], losses[0])
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from bigkern import amp, backends, optim
+from bigkern.train import distributed
 from bigkern.train.config import TrainConfig
 from bigkern.train.errors import UserError
 
@@ -16,6 +17,10 @@ def pick_device(name: str) -> torch.device:
     """The device `name` (auto: CUDA where there is one). Raises UserError if it isn't here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = distributed.local_gpu()
+    elif name.startswith("cuda") and distributed.size() > 1:
+        raise UserError(f"device must be auto, cpu or cuda for several processes, got {name!r}")
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -24,6 +29,8 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device {name} isn't here: torch sees {torch.cuda.device_count()} GPUs")
+    if device.type == "cuda" and distributed.is_joined():
+        torch.cuda.set_device(device)  # which NCCL communicates from
     return device
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bigkern.models import Transformer
 from bigkern.train import compare as side_by_side
+from bigkern.train import distributed
 from bigkern.train.compare import Summary
 from bigkern.train.config import VOCAB_SIZE, TransformerTrainConfig
 from bigkern.train.data import ImageData, load_digits
@@ -98,14 +99,19 @@ def show_scores(scores: dict[str, float]) -> None:
     )
 
 
-def run(config: TransformerTrainConfig, out: Path | None = None, resume: bool = False) -> Summary:
-    """Train as `config` says, print the report, and write it to `out`/summary.json."""
+def run(
+    config: TransformerTrainConfig, out: Path | None = None, resume: bool = False
+) -> Summary | None:
+    """Train as `config` says, print the report, and write it to `out`/summary.json. Of several
+    processes the leader alone reports."""
     if config.objective == "classify":
         data = load_digits()
         return run_task(rows_task(config, data), config, data, out, resume)
     text = load_text(config.text, config.context)
     print(f"Text: {len(text.train):,} bytes to train on, {len(text.validation):,} held out")
     result = train(text_task(config, text), config, out, resume)
+    if not distributed.leads():
+        return None
     result.model.eval()
     scores = text_scores(result.model, text.validation)
     show_scores(scores)
