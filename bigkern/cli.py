@@ -1,4 +1,5 @@
-"""The command line: bigkern info | tune-kernels | train | evaluate | predict | generate."""
+"""The command line: bigkern info | tune-kernels | train | evaluate | predict | generate |
+compress."""
 
 import argparse
 import sys
@@ -11,13 +12,19 @@ from bigkern import __version__
 from bigkern.models.attention import IMPLEMENTATIONS
 from bigkern.models.transformer import POSITIONS
 from bigkern.train import cnn, distributed, transformer
+from bigkern.train.compress import compress
 from bigkern.train.config import (
     DATA_SETS,
+    INT8_MODES,
     LINEAR_LAYERS,
     OBJECTIVES,
     OPTIMIZERS,
+    PRUNE_SCOPES,
+    PRUNE_UNITS,
+    QUANTIZED,
     SCHEDULES,
     CnnConfig,
+    CompressConfig,
     TrainConfig,
     TransformerTrainConfig,
     read_config,
@@ -80,11 +87,13 @@ def build_parser() -> argparse.ArgumentParser:
         add_model_options(command)
         command.set_defaults(run=train)
 
-    command = add_run_command(commands, "evaluate", "accuracy and scores per class of a CNN's run")
-    command.add_argument("--data-dir", metavar="DIR", help="where its MNIST files are now")
-    command.set_defaults(run=lambda args: evaluate(args.folder, args.device, args.data_dir))
+    command = add_run_command(commands, "evaluate", "how a run does on what was held out")
+    add_data_options(command)
+    command.set_defaults(
+        run=lambda args: evaluate(args.folder, args.device, data_dir=args.data_dir, text=args.text)
+    )
 
-    command = add_run_command(commands, "predict", "classify images with a CNN's run")
+    command = add_run_command(commands, "predict", "classify images with a run")
     command.add_argument("images", type=Path, metavar="IMAGE", help="an image, or a folder of them")
     command.add_argument(
         "--invert", action="store_true", help="the digits are dark on a light ground"
@@ -118,6 +127,10 @@ def build_parser() -> argparse.ArgumentParser:
             seed=args.seed,
         )
     )
+
+    command = add_run_command(commands, "compress", "make a smaller, faster run of a run")
+    add_compress_options(command)
+    command.set_defaults(run=compress_run)
     return parser
 
 
@@ -129,11 +142,13 @@ def add_run_command(commands: Any, name: str, help: str) -> argparse.ArgumentPar
     return command
 
 
-def add_train_options(
-    parser: argparse.ArgumentParser, config: type[TrainConfig], contenders: str
-) -> Callable[..., None]:
-    """Add the options of the training loop, and of the folder that a run is kept in; return what
-    adds one more field of `config`."""
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data-dir", metavar="DIR", help="where its MNIST files are now")
+    parser.add_argument("--text", metavar="FILE", help="where its text is now")
+
+
+def adder(parser: argparse.ArgumentParser, config: type) -> Callable[..., None]:
+    """What adds the option of a field of `config`."""
 
     def add(name: str, help: str, flag: str | None = None, **how: Any) -> None:
         """The option of the field `name` of `config`, with its default in the help."""
@@ -142,6 +157,15 @@ def add_train_options(
         flag = flag or f"--{name.replace('_', '-')}"
         parser.add_argument(flag, dest=name, help=help + shown, **how)
 
+    return add
+
+
+def add_train_options(
+    parser: argparse.ArgumentParser, config: type[TrainConfig], contenders: str
+) -> Callable[..., None]:
+    """Add the options of the training loop, and of the folder that a run is kept in; return what
+    adds one more field of `config`."""
+    add = adder(parser, config)
     add("epochs", "passes over the training set", type=int)
     add("batch_size", "examples per step, up to the full set, of all processes together", type=int)
     add("accumulate", "parts of a process's batch, one after another through the model", type=int)
@@ -207,10 +231,42 @@ def add_transformer_options(parser: argparse.ArgumentParser) -> None:
     add("attention", "from bigkern or from torch", choices=IMPLEMENTATIONS)
 
 
+def add_compress_options(parser: argparse.ArgumentParser) -> None:
+    """In the order of the steps."""
+    parser.add_argument("--out", type=Path, required=True, metavar="NEW", help="the new run")
+    add = adder(parser, CompressConfig)
+    add("prune", "the smallest go, this share of them", type=float, metavar="SHARE")
+    add(
+        "prune_unit",
+        "weights become 0, which neither size nor time shows; channels are taken out",
+        choices=PRUNE_UNITS,
+    )
+    add("prune_scope", "the share is of the model's, or of each layer's", choices=PRUNE_SCOPES)
+    add("distill", "learn from the run in this folder, besides the labels", metavar="TEACHER")
+    add("temperature", "divides both logits where the teacher is learnt from", type=float)
+    add("distill_weight", "of the teacher in the loss; the labels have the rest", type=float)
+    add("epochs", "of training after pruning, or with a teacher", type=int)
+    add("lr", "learning rate of that (default: the run's)", type=float)
+    add("quantize", "the linear and convolutional layers that gain by it", choices=QUANTIZED)
+    add(
+        "mode",
+        "inputs in int8 by a scale found as they come (dynamic), or on the training set (static); "
+        "weight_only: in floating point, and so are convolutions",
+        choices=INT8_MODES,
+    )
+    add_data_options(parser)
+
+
 def print_info(args: argparse.Namespace) -> None:
     from bigkern.info import report
 
     print(report())
+
+
+def compress_run(args: argparse.Namespace) -> None:
+    options = {field.name: getattr(args, field.name) for field in fields(CompressConfig)}
+    config = CompressConfig(**{k: v for k, v in options.items() if v is not None})
+    compress(args.folder, args.out, config, data_dir=args.data_dir, text=args.text)
 
 
 def train_cnn(args: argparse.Namespace) -> None:

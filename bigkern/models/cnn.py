@@ -19,6 +19,10 @@ class SimpleCNN(nn.Module):
         self.fc1 = linear(32 * 26 * 26, 128)
         self.fc2 = linear(128, 10)
 
+    def channels(self) -> dict[str, str]:
+        """The layers whose output channels can be taken out, each with the one that reads them."""
+        return {"conv1": "fc1", "fc1": "fc2"}
+
     def forward(self, images: Tensor) -> Tensor:
         """Return logits [N, 10] for images [N, 1, 28, 28] of the parameters' dtype.
 

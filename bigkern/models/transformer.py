@@ -156,6 +156,11 @@ class Transformer(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
+    def channels(self) -> dict[str, str]:
+        """The layers whose output features can be taken out, each with the one that reads them."""
+        networks = [f"blocks.{i}.feed_forward" for i in range(len(self.blocks))]
+        return {f"{name}.0": f"{name}.2" for name in networks}
+
     def forward(
         self,
         inputs: Tensor,
@@ -220,15 +225,15 @@ class Transformer(nn.Module):
 
     def new_caches(self, batch_size: int, capacity: int) -> list[KVCache]:
         """An empty cache for each block, for sequences of up to `capacity` tokens."""
-        config, weight = self.config, self.head.weight
+        config, bias = self.config, self.head.bias
         return [
             KVCache(
                 batch_size,
                 config.num_heads,
                 capacity,
                 config.head_dim,
-                dtype=weight.dtype,
-                device=weight.device,
+                dtype=bias.dtype,
+                device=bias.device,
             )
             for _ in self.blocks
         ]
@@ -259,7 +264,7 @@ class Transformer(nn.Module):
         """
         check_sampling(temperature, top_k, top_p)
         prompts = self._check_prompt(prompt, max_new_tokens)
-        device = self.head.weight.device
+        device = self.head.bias.device
         lengths = torch.tensor([len(tokens) for tokens in prompts], device=device)
         longest = int(lengths.max())
         tokens = nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(device)  # [B, longest]

@@ -213,11 +213,12 @@ def _costs(models: tuple[nn.Module, nn.Module], inputs: Any, num_calls: int) -> 
     for model, mine in zip(models, seconds, strict=True):
         first, median, third = statistics.quantiles(mine * 2, n=4, method="inclusive")
         size = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
-        costs.append(Cost(median, (first, third), _peak_bytes(model, inputs), size))
+        costs.append(Cost(median, (first, third), peak_bytes(model, inputs), size))
     return costs
 
 
-def _peak_bytes(model: nn.Module, inputs: Any) -> int | None:
+def peak_bytes(model: nn.Module, inputs: Any) -> int | None:
+    """See :class:`Cost`."""
     is_on_gpu = any(x.is_cuda for x in (*model.parameters(), *model.buffers()))
     if not is_on_gpu and sys.platform != "linux":
         return None

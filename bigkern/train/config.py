@@ -6,9 +6,10 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from bigkern.models import TransformerConfig
+from bigkern.nn.int8_linear import MODES as INT8_MODES
 from bigkern.train.errors import UserError
 
 OPTIMIZERS = ("bigkern", "torch", "sgd")
@@ -16,6 +17,9 @@ SCHEDULES = ("constant", "cosine")
 DATA_SETS = ("digits", "mnist")
 LINEAR_LAYERS = ("float", "int8")
 OBJECTIVES = ("lm", "classify")
+PRUNE_UNITS = ("weights", "channels")
+PRUNE_SCOPES = ("global", "layer")
+QUANTIZED = ("int8",)
 VOCAB_SIZE = 256  # of the language model: bytes
 IMAGE_SIZE = 28
 NUM_CLASSES = 10
@@ -183,6 +187,55 @@ CLASSIFY = {
     "num_blocks": 2,
 }
 
+
+@dataclass
+class CompressConfig:
+    """Options of `bigkern compress`. Raises UserError for values out of range."""
+
+    prune: float | None = None  # the share that goes
+    prune_unit: str = "weights"  # become 0; channels: are taken out
+    prune_scope: str = "global"  # the share of the model's; layer: of each layer's
+    distill: str | None = None  # the folder of the teacher's run
+    temperature: float = 4.0
+    distill_weight: float = 0.9  # of the teacher in the loss; the labels have the rest
+    quantize: str | None = None
+    mode: str = "dynamic"  # of the INT8 layers
+    epochs: int = 3  # of training, after pruning and with the teacher
+    lr: float | None = None  # None: the run's
+    device: str = "auto"
+
+    NEEDS: ClassVar = {
+        "prune": ("prune_unit", "prune_scope"),
+        "distill": ("temperature", "distill_weight"),
+        "quantize": ("mode",),
+        "prune or distill": ("epochs", "lr"),
+    }
+
+    def __post_init__(self) -> None:
+        prune, lr, epochs = self.prune, self.lr, self.epochs
+        if prune is None and self.distill is None and self.quantize is None:
+            raise UserError("compress needs --prune, --distill or --quantize")
+        _check(self, "prune", prune is None or 0 < prune < 1, "between 0 and 1")
+        _check_choice(self, "prune_unit", PRUNE_UNITS)
+        _check_choice(self, "prune_scope", PRUNE_SCOPES)
+        _check(self, "temperature", 0 < self.temperature < math.inf, "a positive number")
+        _check(self, "distill_weight", 0 <= self.distill_weight <= 1, "in [0, 1]")
+        _check(self, "quantize", self.quantize in (None, *QUANTIZED), "int8")
+        _check_choice(self, "mode", INT8_MODES)
+        least = 0 if self.distill is None else 1
+        _check(self, "epochs", epochs >= least, f"at least {least}")
+        _check(self, "lr", lr is None or 0 < lr < math.inf, "a positive number")
+        for steps, options in self.NEEDS.items():
+            if all(getattr(self, step) is None for step in steps.split(" or ")):
+                for option in options:
+                    if getattr(self, option) != getattr(CompressConfig, option):
+                        raise UserError(f"{option} is an option of {steps}")
+
+    @property
+    def trains(self) -> bool:
+        return self.epochs > 0 and (self.prune is not None or self.distill is not None)
+
+
 C = TypeVar("C", bound=TrainConfig)
 
 
@@ -196,12 +249,14 @@ def read_config(
     path = folder / "config.json"
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        found_task = saved.pop("task")
+        found_task, is_compressed = saved.pop("task"), saved.pop("compressed", None)
         config = config_class(**saved) if found_task == task else None
     except FileNotFoundError:
         raise UserError(f"{folder} holds no run: there is no {path}") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, UserError) as error:
         raise UserError(f"{path} is not a run's config ({error})") from error
+    if is_compressed:
+        raise UserError(f"{folder} holds a compressed run, which can't be trained on")
     if config is None:
         raise UserError(f"{folder} holds a run of `train {found_task}`, not of `train {task}`")
     changed = replace(config, **changes)
@@ -211,10 +266,10 @@ def read_config(
     return changed
 
 
-def _check_choice(config: TrainConfig, name: str, choices: tuple[str, ...]) -> None:
+def _check_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
     _check(config, name, getattr(config, name) in choices, f"one of {', '.join(choices)}")
 
 
-def _check(config: TrainConfig, name: str, holds: bool, rule: str) -> None:
+def _check(config: Any, name: str, holds: bool, rule: str) -> None:
     if not holds:
         raise UserError(f"{name} must be {rule}, got {getattr(config, name)!r}")

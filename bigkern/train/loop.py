@@ -213,7 +213,7 @@ def check_losses(values: list[float], first: int, config: TrainConfig, out: Path
             raise diverged(f"the loss is {value} at step {step}", config, out)
 
 
-def check_parameters(model: nn.Module, step: int, config: TrainConfig, out: Path) -> None:
+def check_parameters(model: nn.Module, step: int, config: TrainConfig, out: Path | None) -> None:
     """Raise UserError if a parameter isn't finite, so that such a model is never saved."""
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():

@@ -1,58 +1,28 @@
 """Evaluate and classify with a run's latest checkpoint."""
 
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bigkern.models import SimpleCNN
-from bigkern.train.checkpoint import CheckpointError, load_latest
-from bigkern.train.cnn import build_model
-from bigkern.train.config import CnnConfig
-from bigkern.train.data import load_data, resize
+from bigkern.train.data import resize
 from bigkern.train.errors import UserError, require
 from bigkern.train.images import classify, report
-from bigkern.train.setup import pick_device
+from bigkern.train.saved import load_images, load_run, load_task
+from bigkern.train.transformer import show_scores
 
 
-@dataclass
-class TrainedCNN:
-    model: SimpleCNN
-    config: CnnConfig
-    mean: float  # of the normalization that the model was trained with
-    std: float
-
-
-def load_cnn(folder: Path, device: str = "auto") -> TrainedCNN:
-    """Load the CNN of the run in `folder` onto `device`. Raises UserError where there is none."""
-
-    def use(path: Path, state: dict[str, Any]) -> TrainedCNN:
-        identity = state["identity"]
-        if identity.get("model") != "SimpleCNN":
-            raise CheckpointError(path, f"its model is {identity.get('model')}, not SimpleCNN")
-        try:
-            config = CnnConfig(**state["config"])
-            model = build_model(config)
-            model.load_state_dict(state["model"])
-            return TrainedCNN(model, config, identity["mean"], identity["std"])
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise CheckpointError(path, f"its state doesn't fit ({error})") from error
-
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}")
-    trained = load_latest(folder, use)
-    trained.model.to(pick_device(device)).eval()
-    return trained
-
-
-def evaluate(folder: Path, device: str = "auto", data_dir: str | None = None) -> None:
-    """Print the report of the run in `folder` on its data set, which `data_dir` may have moved."""
-    trained = load_cnn(folder, device)
-    config = replace(trained.config, data_dir=data_dir) if data_dir else trained.config
-    report(trained.model, replace(load_data(config), mean=trained.mean, std=trained.std))
+def evaluate(
+    folder: Path, device: str = "auto", data_dir: str | None = None, text: str | None = None
+) -> None:
+    """Print how the run in `folder` does on what was held out; `data_dir` or `text` tell where its
+    data are now."""
+    run = load_run(folder, device, data_dir=data_dir, text=text)
+    if run.is_language_model:
+        show_scores(load_task(run).evaluate(run.model))
+    else:
+        report(run.model, load_images(run))
 
 
 def read_image(path: Path, invert: bool) -> Tensor:
@@ -79,10 +49,13 @@ def predict(folder: Path, source: Path, invert: bool = False, device: str = "aut
 
     The model knows light digits on a dark ground: `invert` is for dark ones on a light ground.
     """
-    trained = load_cnn(folder, device)
+    run = load_run(folder, device)
+    if run.is_language_model:
+        raise UserError(f"{folder} holds a language model, which classifies no images")
     paths = list_images(source)
     images = torch.stack([read_image(path, invert) for path in paths])  # [N, 1, 28, 28]
-    probabilities = classify(trained.model, images, trained.mean, trained.std)  # [N, 10]
+    mean, std = run.identity["mean"], run.identity["std"]
+    probabilities = classify(run.model, images, mean, std)  # [N, 10]
     for path, row in zip(paths, probabilities, strict=True):
         print(f"{path}: {int(row.argmax())} ({row.max():.1%})")
 

@@ -13,7 +13,7 @@ from bigkern.train import compare as side_by_side
 from bigkern.train import distributed
 from bigkern.train.compare import Summary
 from bigkern.train.config import VOCAB_SIZE, TransformerTrainConfig
-from bigkern.train.data import load_digits
+from bigkern.train.data import ImageData, load_digits
 from bigkern.train.images import image_task, run_task
 from bigkern.train.loop import Task, train
 from bigkern.train.text import Text, load_text
@@ -40,6 +40,16 @@ class RowsTransformer(Transformer):
         return super().forward(images.squeeze(1))  # [N, 10]
 
 
+def build_model(config: TransformerTrainConfig) -> Transformer:
+    model_class = RowsTransformer if config.objective == "classify" else Transformer
+    return model_class(config.model())
+
+
+def rows_task(config: TransformerTrainConfig, data: ImageData) -> Task:
+    """The task of classifying `data`, for `train`."""
+    return image_task("transformer", "Transformer", lambda: build_model(config), data)
+
+
 def text_task(config: TransformerTrainConfig, text: Text) -> Task:
     """The task of predicting each byte of `text` from those before it, for `train`."""
     windows = cut(text.train, config.context)
@@ -52,7 +62,7 @@ def text_task(config: TransformerTrainConfig, text: Text) -> Task:
         name="transformer",
         identity={"model": "Transformer", "vocab_size": VOCAB_SIZE, "text": text.digest},
         num_examples=len(windows),
-        build_model=lambda: Transformer(config.model()),
+        build_model=lambda: build_model(config),
         batch=batch,
         loss=text_loss,
         evaluate=lambda model: text_scores(model, text.validation),
@@ -72,7 +82,7 @@ def text_loss(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
 @torch.no_grad()
 def text_scores(model: Transformer, text: Tensor) -> dict[str, float]:
     """Of `text` [N], cut into sequences as long as the context."""
-    device = model.head.weight.device
+    device = model.head.bias.device
     total = 0.0
     windows = cut(text, model.config.context)
     for chunk in windows.split(EVALUATION_BATCH):
@@ -82,6 +92,13 @@ def text_scores(model: Transformer, text: Tensor) -> dict[str, float]:
     return {"validation_loss": loss, "bits_per_byte": loss / math.log(2)}
 
 
+def show_scores(scores: dict[str, float]) -> None:
+    print(
+        f"Validation loss: {scores['validation_loss']:.4f}, "
+        f"{scores['bits_per_byte']:.4f} bits per byte"
+    )
+
+
 def run(
     config: TransformerTrainConfig, out: Path | None = None, resume: bool = False
 ) -> Summary | None:
@@ -89,10 +106,7 @@ def run(
     processes the leader alone reports."""
     if config.objective == "classify":
         data = load_digits()
-        task = image_task(
-            "transformer", "Transformer", lambda: RowsTransformer(config.model()), data
-        )
-        return run_task(task, config, data, out, resume)
+        return run_task(rows_task(config, data), config, data, out, resume)
     text = load_text(config.text, config.context)
     print(f"Text: {len(text.train):,} bytes to train on, {len(text.validation):,} held out")
     result = train(text_task(config, text), config, out, resume)
@@ -100,10 +114,7 @@ def run(
         return None
     result.model.eval()
     scores = text_scores(result.model, text.validation)
-    print(
-        f"Validation loss: {scores['validation_loss']:.4f}, "
-        f"{scores['bits_per_byte']:.4f} bits per byte"
-    )
+    show_scores(scores)
     tokens_per_step = config.batch_size * config.context
     summary = TextSummary(
         losses=result.losses,
