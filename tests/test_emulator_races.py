@@ -72,8 +72,8 @@ def pipeline(run, bug):
 
 
 RACES = {
-    (neighbours, 1): r"ld.shared.u32 at races.cu:\d+ reads shared memory at offset \d+, which "
-    r"st.shared\S* at races.cu:\d+ of thread \(\d+, 0, 0\) has written: nothing orders them\n.* neigh",
+    (neighbours, 1): r"ld.shared.u32 at races.cu:\d+ reads shared memory at offset \d+, which s"
+    r"t.shared\S* at races.cu:\d+ of thread \(\d+, 0, 0\) has written: nothing orders them\n.* ne",
     (bytes_of_words, 1): r"st.shared.u8 at races.cu:\d+ writes .* has written",
     (halves, 1): r"memory at offset 0, .* thread \((0|127), 0, 0\) has .*\n.*\((0|127), 0, 0\)",
     (sum_of_blocks, 1): r"global memory at .* of thread \(0, 0, 0\) of block \(\d+.* has written",

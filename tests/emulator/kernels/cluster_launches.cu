@@ -34,7 +34,7 @@ int64_t launch(Tensor out, int64_t kernel, int64_t grid, int64_t cluster_x, int6
                                cudaFuncAttributeRequiredClusterDepth}) {
     const int value = width == 0 ? 0 : attribute == cudaFuncAttributeRequiredClusterWidth ? static_cast<int>(width) : 1;
     if (kernel != 1 || width) error = cudaFuncSetAttribute(f, attribute, value);
-    if (error != cudaSuccess) return error;
+    if (error != cudaSuccess) return cudaGetLastError();
   }
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
