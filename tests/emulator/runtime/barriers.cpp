@@ -87,7 +87,12 @@ void barrier_arrive(const Site& site, uint32_t number, uint32_t count) {
   if (b.arrived == b.expected) complete(b);
 }
 
-void reset_barriers() { barriers.assign(cluster.blocks(), {}); }
+void reset_barriers() {
+  barriers.resize(cluster.blocks());
+  for (auto& of_block : barriers) {
+    for (Barrier& b : of_block) b.arrived = 0;  // the first to come sets the rest
+  }
+}
 
 void leave_barriers() {
   for (const Barrier& b : barriers[block.rank]) {

@@ -15,9 +15,19 @@ struct State {
 };
 std::vector<State> states;             // of each thread
 std::vector<const Site*> warps_sites;  // where a warp's first arrived in this phase
+bool is_used;                          // since the cluster began; else the rest is of another one
 uint32_t num_arrived;                  // of those that haven't exited
 uint64_t phase;
 Clock now, over;  // of this phase's arrivals; of those before
+
+void begin() {
+  is_used = true;
+  states.assign(num_numbers(), {});
+  warps_sites.assign((num_numbers() + kWarp - 1) / kWarp, nullptr);
+  num_arrived = 0;
+  phase = 0;
+  now = over = {};
+}
 
 void end_phase_if_complete() {
   if (num_arrived != num_live || num_live == 0) return;
@@ -31,15 +41,10 @@ void end_phase_if_complete() {
 
 }  // namespace
 
-void reset_cluster_barrier() {
-  states.assign(num_numbers(), {});
-  warps_sites.assign((num_numbers() + kWarp - 1) / kWarp, nullptr);
-  num_arrived = 0;
-  phase = 0;
-  now = over = {};
-}
+void reset_cluster_barrier() { is_used = false; }
 
 void cluster_arrive(const Site& site, bool is_relaxed, bool is_aligned) {
+  if (!is_used) begin();
   State& me = states[current->number];
   if (me.site) {
     fail("%s at %s: the thread hasn't waited since it arrived at %s at %s", site.what, site.source, me.site->what,
@@ -64,6 +69,7 @@ void cluster_arrive(const Site& site, bool is_relaxed, bool is_aligned) {
 }
 
 void cluster_wait(const Site& site) {
+  if (!is_used) begin();
   State& me = states[current->number];
   if (!me.site) fail("%s at %s: no barrier.cluster.arrive before it", site.what, site.source);
   if (me.phase == phase) wait_for(&phase, site);
@@ -73,15 +79,17 @@ void cluster_wait(const Site& site) {
 
 // A thread that has exited isn't waited for.
 void leave_cluster() {
-  const State& me = states[current->number];
-  if (me.site && me.phase == phase) --num_arrived;
-  end_phase_if_complete();
+  if (is_used) {
+    const State& me = states[current->number];
+    if (me.site && me.phase == phase) --num_arrived;
+    end_phase_if_complete();
+  }
   const bool is_shared = cluster.blocks() > 1;
   if (is_shared && live_in[block.rank] == 0 && (settings.watches & kRaces)) end_race_block();
 }
 
 std::string describe_cluster_barrier() {
-  if (num_arrived == 0) return "";
+  if (!is_used || num_arrived == 0) return "";
   return format("\n  the cluster's barrier: %u of %u threads have arrived", num_arrived, num_live);
 }
 

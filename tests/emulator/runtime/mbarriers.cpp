@@ -22,18 +22,18 @@ struct Barrier {
 };
 std::map<uint32_t, Barrier> barriers;
 
-Barrier& find(const Site& site, uint32_t at) {
+[[noreturn]] __attribute__((noinline, cold)) void fail_at(const Site& site, const char* what, uint32_t at) {
+  fail("%s at %s: %s at %s", site.what, site.source, what, describe_place(at).c_str());
+}
+
+inline Barrier& find(const Site& site, uint32_t at) {
   const auto it = barriers.find(at);
-  if (it == barriers.end()) {
-    fail("%s at %s: there is no mbarrier at %s", site.what, site.source, describe_place(at).c_str());
-  }
+  if (it == barriers.end()) fail_at(site, "there is no mbarrier", at);
   return it->second;
 }
 
-Barrier& find_own(const Site& site, uint32_t at) {
-  if (at / cluster.smem_stride != block.rank) {
-    fail("%s at %s: the mbarrier at %s is another block's", site.what, site.source, describe_place(at).c_str());
-  }
+inline Barrier& find_own(const Site& site, uint32_t at) {
+  if (at - place_of(0) >= cluster.smem_stride) fail_at(site, "another block's mbarrier", at);
   return find(site, at);
 }
 
@@ -86,9 +86,7 @@ void add_bytes(const Site& site, Barrier& b, int64_t bytes) {
 
 void mbarrier_init(const Site& site, uint32_t at, uint32_t count) {
   if (count == 0 || count > kMaxCount) fail("%s at %s: a count of %u", site.what, site.source, count);
-  if (barriers.count(at)) {
-    fail("%s at %s: there is an mbarrier at %s already", site.what, site.source, describe_place(at).c_str());
-  }
+  if (barriers.count(at)) fail_at(site, "there already is an mbarrier", at);
   barriers[at] = {count, count, 0, 0, {}, {}};
 }
 

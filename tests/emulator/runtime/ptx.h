@@ -115,7 +115,7 @@ inline unsigned char* shared_pointer(Site& site, uint32_t offset) {
     fail("%s at %s: %zu bytes at offset %u are outside the block's %zu bytes of shared memory", site.what, site.source,
          bytes, offset, block.smem_bytes);
   }
-  watch<Access>(site, true, place_of(offset), bytes);
+  if (__builtin_expect(settings.watches != 0, 0)) watch<Access>(site, true, place_of(offset), bytes);
   return block.smem + offset;
 }
 
