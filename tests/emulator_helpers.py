@@ -27,10 +27,11 @@ class Kernels:
         grid: tuple[int, ...] = (1, 1, 1),
         block: tuple[int, ...] = (32, 1, 1),
         smem: int = 0,
+        cluster: tuple[int, ...] = (0, 0, 0),
     ) -> None:
         with contextlib.ExitStack() as stack:
             encoded = [self._encode(i, a, stack) for i, a in enumerate(arguments)]
-            self.controls.launch(name, grid, block, encoded, smem)
+            self.controls.launch(name, grid, block, encoded, smem, cluster)
 
     def _encode(
         self, i: int, argument: Tensor | int | float | bytes, stack: contextlib.ExitStack
@@ -47,3 +48,17 @@ class Kernels:
 
 
 SCHEDULES = [("asc", 0), ("desc", 0), *(("random", seed) for seed in range(4))]
+TYPES = {torch.int8: 0, torch.float16: 6, torch.float32: 7, torch.float64: 8}  # CUtensorMapDataType
+SWIZZLES = [0, 32, 64, 128]
+
+
+def tensor_map(run: Kernels, x: Tensor, box: Sequence[int], swizzle: int = 0) -> bytes:
+    """The bytes of a kernel's parameter: boxes of a tensor, outermost dimension first."""
+    return run.controls.tensor_map(
+        TYPES[x.dtype],
+        x.data_ptr(),
+        x.shape[::-1],
+        [s * x.element_size() for s in x.stride()[-2::-1]],
+        box[::-1],
+        SWIZZLES.index(swizzle),
+    )

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from emulator import build
-from emulator_helpers import SCHEDULES, Kernels
+from emulator_helpers import SCHEDULES, Kernels, tensor_map
 
 KERNELS = build.HERE / "kernels"
 
@@ -84,20 +84,6 @@ def test_mistakes_show_under_some_schedule(copies, kernel, bug):
 
 
 # ---- Boxes of tensors ----
-
-TYPES = {torch.int8: 0, torch.float16: 6, torch.float32: 7, torch.float64: 8}  # CUtensorMapDataType
-SWIZZLES = [0, 32, 64, 128]
-
-
-def tensor_map(run, x, box, swizzle=0):
-    return run.controls.tensor_map(
-        TYPES[x.dtype],
-        x.data_ptr(),
-        x.shape[::-1],
-        [s * x.element_size() for s in x.stride()[-2::-1]],
-        box[::-1],
-        SWIZZLES.index(swizzle),
-    )
 
 
 def position(*at):

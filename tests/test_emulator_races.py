@@ -72,15 +72,15 @@ def pipeline(run, bug):
 
 
 RACES = {
-    (neighbours, 1): r"ld.shared.u32 at races.cu:\d+ reads shared memory at 0x\w+, which st.shared"
-    r"\S* at races.cu:\d+ of thread \(\d+, 0, 0\) has written: nothing orders them\n.* neighbours",
+    (neighbours, 1): r"ld.shared.u32 at races.cu:\d+ reads shared memory at offset \d+, which s"
+    r"t.shared\S* at races.cu:\d+ of thread \(\d+, 0, 0\) has written: nothing orders them\n.* ne",
     (bytes_of_words, 1): r"st.shared.u8 at races.cu:\d+ writes .* has written",
-    (halves, 1): r"shared memory at 0x0, .* thread \((0|127), 0, 0\) has .*\n.*\((0|127), 0, 0\)",
-    (sum_of_blocks, 1): r"global memory at .* of thread \(0, 0, 0\) of block \d+ has written",
+    (halves, 1): r"memory at offset 0, .* thread \((0|127), 0, 0\) has .*\n.*\((0|127), 0, 0\)",
+    (sum_of_blocks, 1): r"global memory at .* of thread \(0, 0, 0\) of block \(\d+.* has written",
     (last_block, 1): r"ld.global\S* at races.cu:\d+ reads global memory .* has written",
     (last_block, 2): r"ld.global\S* at races.cu:\d+ reads global memory .* has written",
     (last_block_together, 1): r"ld.global\S* at races.cu:\d+ reads global memory .* has written",
-    (flag, 1): r"of thread \(0, 0, 0\) of block \d+ has (read|written)",
+    (flag, 1): r"of thread \(0, 0, 0\) of block \(\d+, 0, 0\) has (read|written)",
     (pipeline, 1): r"ld.shared\S* at \S+ .*but the bytes of cp.async\S* .* are on their way",
     (pipeline, 2): r"ld.shared\S* at \S+ .*but the bytes of cp.async\S* .* are on their way",
     (pipeline, 3): r"ld.shared\S* at \S+ .* which cp.async\S* at .* written|are on their way",

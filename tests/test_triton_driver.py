@@ -58,6 +58,20 @@ def test_products_and_schedules(card):
         assert torch.equal(c, a.float() @ b.float().T)
 
 
+@pytest.mark.parametrize("blocks", [2, 4])
+def test_programs_of_several_blocks(blocks):
+    card = triton_driver.Driver(90)
+    card.find_races(True)
+    a, b = (torch.randint(-9, 9, (rows, 128)).half() for rows in (100, 72))
+    c = torch.zeros(100, 72)
+    with card.active():
+        launch = triton_kernels.matmul[(2, 3)]
+        launch(a, b, c, 100, 72, 128, 64, 32, 64, float32, num_ctas=blocks)
+    assert torch.equal(c, a.float() @ b.float().T)
+    (launched,) = card.take_launches()
+    assert (launched["grid"], launched["cluster"]) == ((2 * blocks, 3, 1), (blocks, 1, 1))
+
+
 def test_descriptors():
     a, b = (torch.randint(-9, 9, (rows, 192)).half() for rows in (100, 72))
     c = torch.zeros(100, 72)

@@ -8,6 +8,7 @@ touch are the tensors of its launch, and those whose address was asked for in th
 
 import contextlib
 import hashlib
+import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -212,18 +213,19 @@ class Launcher:
         self.driver, self.metadata = driver, metadata
         self.kinds = [*source.signature.values()]
         self.tensor_maps = list(getattr(metadata, "tensordesc_meta", None) or [])
-        if getattr(metadata, "num_ctas", 1) != 1:
-            raise NotImplementedError("clusters aren't emulated")
+        self.blocks = getattr(metadata, "num_ctas", 1)  # of a program: the kernel says that too
 
     def __call__(self, x, y, z, stream, controls, packed, launch_metadata, enter, leave, *args):
         if x * y * z == 0:
             return
         encoded = self._encode_all(self.kinds, args, iter(self.tensor_maps))
-        scratch = torch.empty(x * y * z * self.metadata.global_scratch_size, dtype=torch.int8)
+        grid = (x * self.blocks, y, z)
+        size = math.prod(grid) * self.metadata.global_scratch_size
+        scratch = torch.empty(size, dtype=torch.int8)
         encoded += [self._encode("*i8", scratch), bytes(8)]  # the profiler has none
         threads = 32 * self.metadata.num_warps
         self.driver.launch(
-            controls, self.metadata.name, (x, y, z), threads, self.metadata.shared, encoded
+            controls, self.metadata.name, grid, threads, self.metadata.shared, encoded
         )
 
     def _encode_all(self, kinds: Sequence, args: Sequence, maps: Iterator) -> list[bytes]:

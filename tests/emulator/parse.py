@@ -1,5 +1,6 @@
 """PTX text to a tree: variables, functions, and their instructions with resolved names."""
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,6 +93,15 @@ class Variable:
         return SIZES[self.type] * self.count
 
 
+@dataclass(frozen=True)
+class Cluster:
+    """What an entry says of the clusters that it is launched in."""
+
+    is_required: bool
+    size: tuple[int, ...]  # zeros: the launch's
+    max_blocks: int  # 0: not said
+
+
 @dataclass
 class Function:
     name: str
@@ -99,6 +109,7 @@ class Function:
     results: list[Variable]
     parameters: list[Variable]
     max_threads: int
+    cluster: Cluster
     body: list[Instruction | Label] = field(default_factory=list)
     registers: list[Register] = field(default_factory=list)
     variables: list[Variable] = field(default_factory=list)  # local, shared and call parameters
@@ -191,15 +202,27 @@ def _declarations(text: str) -> list[Variable]:
     ]
 
 
+def _numbers(directive: str, attributes: str) -> list[int]:
+    found = re.search(rf"\.{directive}\s+([\d, ]+)", attributes)
+    return [int(n) for n in found[1].split(",")] if found else []
+
+
 def _function(match: re.Match, body: str, files: dict[str, str]) -> Function:
-    threads = 1
-    bound = re.search(r"\.(?:max|req)ntid\s+([\d, ]+)", match["attributes"])
-    for n in bound[1].split(",") if bound else ["1024"]:
-        threads *= int(n)
+    attributes = match["attributes"]
+    threads = math.prod(_numbers("(?:max|req)ntid", attributes) or [1024])
+    if ".blocksareclusters" in attributes:
+        raise PtxError(f"{match['name']}: no rule for .blocksareclusters")
     results, parameters = (
         [_variable(v) for v in split(match[group] or "")] for group in ("results", "parameters")
     )
-    function = Function(match["name"], match["kind"] == "entry", results, parameters, threads)
+    size = _numbers("reqnctapercluster", attributes)
+    cluster = Cluster(
+        ".explicitcluster" in attributes,
+        (*size, 1, 1)[:3] if size else (0, 0, 0),
+        math.prod(_numbers("maxclusterrank", attributes) or [0]),
+    )
+    is_kernel = match["kind"] == "entry"
+    function = Function(match["name"], is_kernel, results, parameters, threads, cluster)
     _Body(function, files).read(body)
     return function
 

@@ -23,12 +23,15 @@ def move(c, i):
     return c.assign(target, i.type, c.value(source, i.type))
 
 
-@rule("cvta", "u32 u64", "to global shared local const param")
+SHARED = {"shared", "shared::cta", "shared::cluster"}
+
+
+@rule("cvta", "u32 u64", f"to global local const param {' '.join(SHARED)}")
 def convert_address(c, i):
-    """Generic addresses are the host's; those of shared memory count from its first byte."""
+    """Generic addresses are the host's; those of shared memory: `runtime/clusters.h`."""
     address = c.value(i.operands[1], "u64")
-    if "shared" in i.modifiers:
-        address = f"{address} {'-' if 'to' in i.modifiers else '+'} (uint64_t)block.smem"
+    if SHARED.intersection(i.modifiers):
+        address = f"to_{'shared' if 'to' in i.modifiers else 'generic'}({address})"
     return c.assign(i.operands[0], i.type, address)
 
 

@@ -4,16 +4,21 @@ import re
 
 from emulator.parse import Address, PtxError, Symbol, Vector
 from emulator.rules import rule
-from emulator.rules_memory import shared_offset
+from emulator.rules_memory import shared_place
 from emulator.together import Collective
 
 SCOPES = "cta cluster relaxed acquire release"
 SHARED = "shared shared::cta"
+ANY_BLOCK = f"{SHARED} shared::cluster"
 
 
 def _barrier(c, i, address: Address) -> str:
     kind = "Write" if {"init", "inval"}.intersection(i.modifiers) else "Update"
-    return f"{c.site(i)}, {shared_offset(c, i, address, 8, kind)}"
+    return f"{c.site(i)}, {shared_place(c, i, address, 8, kind)}"
+
+
+def _is_relaxed(i) -> str:
+    return str("relaxed" in i.modifiers).lower()
 
 
 @rule("mbarrier", "b64", f"init inval {SHARED}")
@@ -23,15 +28,19 @@ def mbarrier(c, i):
     return f"mbarrier_{i.modifiers[0]}({_barrier(c, i, address)}{numbers});"
 
 
-@rule("mbarrier", "b64", f"arrive expect_tx {SCOPES} {SHARED}", "arrive")
+@rule("mbarrier", "b64", f"arrive expect_tx {SCOPES} {ANY_BLOCK}", "arrive")
 def arrive(c, i):
+    """Another block's phase isn't known here."""
     target, address, *number = i.operands
+    if "shared::cluster" in i.modifiers and target != Symbol("_"):
+        raise PtxError(f"{i.source}: no rule for the instruction `{i.text}`")
     number = c.value(number[0], "u32") if number else "1"
     counts = f"1, {number}" if "expect_tx" in i.modifiers else f"{number}, 0"
-    return c.assign(target, "u64", f"mbarrier_arrive({_barrier(c, i, address)}, {counts})")
+    arguments = f"{_barrier(c, i, address)}, {counts}, {_is_relaxed(i)}"
+    return c.assign(target, "u64", f"mbarrier_arrive({arguments})")
 
 
-@rule("mbarrier", "b64", f"expect_tx complete_tx {SCOPES} {SHARED}")
+@rule("mbarrier", "b64", f"expect_tx complete_tx {SCOPES} {ANY_BLOCK}")
 def count_bytes(c, i):
     name = i.modifiers[0].removesuffix("_tx")
     address, number = i.operands
@@ -45,53 +54,74 @@ def wait(c, i):
     name = i.modifiers[0].removesuffix("_wait")
     parity = "parity" in i.modifiers
     value = c.value(phase, "u32" if parity else "u64")
-    call = f"mbarrier_{name}{'_parity' * parity}({_barrier(c, i, address)}, {value})"
-    return c.assign(target, "pred", call)
+    arguments = f"{_barrier(c, i, address)}, {value}, {_is_relaxed(i)}"
+    return c.assign(target, "pred", f"mbarrier_{name}{'_parity' * parity}({arguments})")
 
 
-BULK = "async bulk global shared::cta shared::cluster L2::cache_hint"
+BULK = "async bulk global shared::cta shared::cluster multicast::cluster L2::cache_hint"
 TENSOR = f"{BULK} tensor tile 1d 2d 3d 4d 5d"
 TO_BARRIER = "mbarrier::complete_tx::bytes"
 
 
-def _is_load(i) -> bool:
-    """Into shared memory."""
-    spaces = [m.split("::")[0] for m in i.modifiers if m.split("::")[0] in ("global", "shared")]
-    if sorted(spaces) != ["global", "shared"]:
+LOADS = [("shared::cluster", "global"), ("shared::cta", "global")]
+STORE = ("global", "shared::cta")
+SEND = ("shared::cluster", "shared::cta")
+
+
+def _way(i) -> tuple[str, ...]:
+    """The spaces that a copy goes to and comes from; all loads are one, the first."""
+    way = tuple(m for m in i.modifiers if m in ("global", "shared::cta", "shared::cluster"))
+    known = [STORE] if "bulk_group" in i.modifiers else [*LOADS, SEND]
+    is_multicast = "multicast::cluster" in i.modifiers
+    if way not in known or (is_multicast and way != LOADS[0]):
         raise PtxError(f"{i.source}: no rule for the instruction `{i.text}`")
-    return spaces[0] == "shared"
+    return LOADS[0] if way in LOADS else way
 
 
-def _offset(c, address: Address) -> str:
-    return f"{c.value(address.base, 'u32')} + {address.offset}"
+def shared_address(c, i, address: Address) -> str:
+    """Another block's too, where the instruction says shared::cluster."""
+    text = f"{c.value(address.base, 'u32')} + {address.offset}"
+    return text if "shared::cluster" in i.modifiers else f"check_own({c.site(i)}, {text})"
 
 
 def _address(c, address: Address) -> str:
     return f"{c.value(address.base, 'u64')} + {address.offset}"
 
 
+def _target(c, i, barrier: Address, others: list) -> str:
+    """Where a load is counted; the blocks that get it."""
+    mask = c.value(others[0], "u16") if "multicast::cluster" in i.modifiers else "kNoMulticast"
+    return f"{shared_address(c, i, barrier)}, {mask}"
+
+
 @rule("cp", "", f"{BULK} {TO_BARRIER} bulk_group", "bulk")
 def bulk_copy(c, i):
-    to, source, size, *barrier = i.operands
-    site, size = c.site(i), c.value(size, "u32")
-    if _is_load(i):
-        places = f"{_offset(c, to)}, {_address(c, source)}, {size}, {_offset(c, barrier[0])}"
-        return f"bulk_load({site}, {places});"
-    return f"bulk_store({site}, {_address(c, to)}, {_offset(c, source)}, {size});"
+    to, source, size, *others = i.operands
+    site, size, way = c.site(i), c.value(size, "u32"), _way(i)
+    if way == STORE:
+        return f"bulk_store({site}, {_address(c, to)}, {shared_address(c, i, source)}, {size});"
+    to = shared_address(c, i, to)
+    if way == SEND:
+        places = f"{to}, {shared_address(c, i, source)}, {size}, {shared_address(c, i, others[0])}"
+        return f"bulk_send({site}, {places});"
+    places = f"{to}, {_address(c, source)}, {size}, {_target(c, i, others[0], others[1:])}"
+    return f"bulk_load({site}, {places});"
 
 
 @rule("cp", "", f"{TENSOR} {TO_BARRIER} bulk_group", "tensor")
 def tensor_copy(c, i):
     rank = int(re.search(r"\.(\d)d\.", i.text)[1])
-    to, source, *barrier = i.operands
-    tensor = source if _is_load(i) else to
+    to, source, *others = i.operands
+    is_load = _way(i) == LOADS[0]
+    tensor = source if is_load else to
     coordinates = ", ".join(c.value(x, "s32") for x in tensor.coordinates)
-    if len(tensor.coordinates) != rank:
+    if len(tensor.coordinates) != rank or _way(i) == SEND:
         raise PtxError(f"{i.source}: no rule for the instruction `{i.text}`")
     box = f"{_address(c, tensor)}, {rank}, Coordinates{{{{{coordinates}}}}}"
-    if _is_load(i):
-        return f"tensor_load({c.site(i)}, {_offset(c, to)}, {box}, {_offset(c, barrier[0])});"
-    return f"tensor_store({c.site(i)}, {box}, {_offset(c, source)});"
+    if is_load:
+        target = _target(c, i, others[0], others[1:])
+        return f"tensor_load({c.site(i)}, {shared_address(c, i, to)}, {box}, {target});"
+    return f"tensor_store({c.site(i)}, {box}, {shared_address(c, i, source)});"
 
 
 @rule("cp", "", "async bulk commit_group", "bulk")
@@ -104,7 +134,12 @@ def wait_for_groups(c, i):
     return f"wait_for_bulk_groups({c.value(i.operands[0], 'u32')});"
 
 
-@rule("fence", "", "proxy async async::generic async.shared::cta shared::cta global", "proxy")
+@rule(
+    "fence",
+    "",
+    "proxy async async::generic async.shared::cta shared::cta shared::cluster global",
+    "proxy",
+)
 def fence_proxy(c, i):
     return "proxy_fence();"
 

@@ -12,6 +12,8 @@ DATA = f"{BITS} {INTEGERS} {FLOATS} f16 bf16"
 
 
 def space_of(instruction):
+    if "shared::cluster" in instruction.modifiers:
+        return "cluster"
     modifiers = (m.split("::")[0] for m in instruction.modifiers)
     return next((m for m in modifiers if m in SPACES), "generic")
 
@@ -21,12 +23,17 @@ def pointer(c, i, address: Address, size: int, kind: str) -> str:
     space = space_of(i)
     if isinstance(address.base, Symbol) and (storage := c.parameter(address.base.name)):
         return f"{storage} + {address.base.offset + address.offset}"
-    base = c.value(address.base, "u32" if space == "shared" else "u64")
+    base = c.value(address.base, "u32" if space in ("shared", "cluster") else "u64")
     return f"{space}_pointer<{kind}, {size}>({c.site(i)}, {base} + {address.offset})"
 
 
 def shared_offset(c, i, address: Address, size: int, kind: str) -> str:
     return f"(uint32_t)({pointer(c, i, address, size, kind)} - block.smem)"
+
+
+def shared_place(c, i, address: Address, size: int, kind: str) -> str:
+    """Of any block of the cluster."""
+    return f"(uint32_t)({pointer(c, i, address, size, kind)} - cluster.smem)"
 
 
 def _access(c, i, address, value, kind):
@@ -44,7 +51,7 @@ def _ordered(i, text: str) -> str:
     return f"{'fence(); ' if before else ''}{text}{' fence();' if after else ''}"
 
 
-STATES = "global shared shared::cta local param const v2 v4 v8"
+STATES = "global shared shared::cta shared::cluster local param const v2 v4 v8"
 
 
 @rule("ld ldu", DATA, f"{STATES} {ORDERS} {CACHES}")
@@ -71,7 +78,7 @@ def store(c, i):
 @rule(
     "atom red",
     f"{BITS} {INTEGERS} {FLOATS} {HALVES}",
-    f"global shared shared::cta {ORDERS} add min max and or xor exch cas inc dec",
+    f"global shared shared::cta shared::cluster {ORDERS} add min max and or xor exch cas inc dec",
 )
 def atomic(c, i):
     operands = list(i.operands)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from emulator import (  # noqa: F401
     rules,
     rules_arithmetic,
+    rules_clusters,
     rules_convert,
     rules_hopper,
     rules_matrices,
@@ -39,11 +40,18 @@ SPECIAL_REGISTERS = {
         "ntid": "block.size",
         "ctaid": "block.index",
         "nctaid": "block.grid",
+        "clusterid": "cluster.index",
+        "nclusterid": "cluster.grid",
+        "cluster_ctaid": "place_in_cluster()",
+        "cluster_nctaid": "cluster.size",
     }.items()
     for axis in "xyz"
 } | {
     "%laneid": "current->lane",
-    "%warpid": "current->warp",
+    "%warpid": "(current->warp % (cluster.thread_stride / 32))",
+    "%cluster_ctarank": "block.rank",
+    "%cluster_nctarank": "cluster.blocks()",
+    "%is_explicit_cluster": "cluster.is_explicit",
     "%lanemask_eq": "(1u << current->lane)",
     "%lanemask_lt": "((1u << current->lane) - 1)",
     "%lanemask_le": "((2u << current->lane) - 1)",
@@ -318,9 +326,12 @@ class Context:
         name = _c_name(self.function.name)
         offsets = ", ".join(f"{{{offset}, {size}}}" for offset, size in self.offsets)
         parts.append(f"const Parameter p_{name}[] = {{{offsets or '{}'}}};")
+        cluster = self.function.cluster
+        size = ", ".join(map(str, cluster.size))
+        bounds = f"{{{str(cluster.is_required).lower()}, {{{size}}}, {cluster.max_blocks}}}"
         return (
             f'{{"{self.function.name}", f_{name}, p_{name}, {len(self.offsets)}, '
-            f"{self.parameter_bytes}, {self.static_smem}, {self.function.max_threads}}}"
+            f"{self.parameter_bytes}, {self.static_smem}, {self.function.max_threads}, {bounds}}}"
         )
 
 

@@ -63,7 +63,7 @@ void stir_async() {
 
 void reset_async() {
   waiting.clear();
-  groups.assign(block.size.count(), {});
+  groups.assign(num_numbers(), {});
 }
 
 void finish_async() {

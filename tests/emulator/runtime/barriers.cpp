@@ -1,4 +1,5 @@
-// bar.sync, bar.arrive, bar.red: the block's sixteen barriers.
+// bar.sync, bar.arrive, bar.red: sixteen barriers of each block.
+#include <array>
 #include <cstring>
 
 #include "races.h"
@@ -17,13 +18,15 @@ struct Barrier {
   int value;
   const Site* site;  // of the first that came
   Clock clock;       // of those that came
-} barriers[kBarriers];
+};
+std::vector<std::array<Barrier, kBarriers>> barriers;  // of each block
 
 void complete(Barrier& b) {
   b.arrived = 0;
   ++statistics.barriers;
   if (settings.watches & kRaces) {
-    for (uint32_t i = 0; i < block.size.count(); ++i) {
+    const uint32_t first = first_of(block.rank);
+    for (uint32_t i = first; i < first + block.size.count(); ++i) {
       if (fibers[i].waits_for == &b) acquire(i, b.clock);
     }
   }
@@ -37,14 +40,14 @@ void check_uniform(const Barrier& b, const Site& site) {
     fail("divergent barrier: some threads wait at %s at %s, this one at %s at %s", b.site->what, b.site->source,
          site.what, site.source);
   }
-  const auto exited = static_cast<uint32_t>(block.size.count() - num_live);
+  const auto exited = static_cast<uint32_t>(block.size.count() - live_in[block.rank]);
   if (exited) fail("divergent barrier: %s at %s, but %u threads have exited", site.what, site.source, exited);
 }
 
 Barrier& arrive(const Site& site, uint32_t number, uint32_t count, Reduction reduction, int value) {
   if (number >= kBarriers) fail("%s at %s: there is no barrier %u", site.what, site.source, number);
   if (count % kWarp != 0) fail("%s at %s: %u threads aren't whole warps", site.what, site.source, count);
-  Barrier& b = barriers[number];
+  Barrier& b = barriers[block.rank][number];
   const bool is_for_all = count == 0;
   const auto expected = is_for_all ? static_cast<uint32_t>(block.size.count()) : count;
   if (is_for_all) check_uniform(b, site);
@@ -85,11 +88,14 @@ void barrier_arrive(const Site& site, uint32_t number, uint32_t count) {
 }
 
 void reset_barriers() {
-  for (Barrier& b : barriers) b = {};
+  barriers.resize(cluster.blocks());
+  for (auto& of_block : barriers) {
+    for (Barrier& b : of_block) b.arrived = 0;  // the first to come sets the rest
+  }
 }
 
 void leave_barriers() {
-  for (const Barrier& b : barriers) {
+  for (const Barrier& b : barriers[block.rank]) {
     if (b.arrived > 0 && b.is_for_all) {
       fail("divergent barrier: %u threads wait at %s at %s, and this one has exited", b.arrived, b.site->what,
            b.site->source);

@@ -34,7 +34,8 @@ py::dict describe(const Launch& launch) {
   const Statistics& s = launch.statistics;
   using namespace py::literals;
   return py::dict("kernel"_a = demangled(launch.kernel->name), "grid"_a = tuple(launch.grid),
-                  "block"_a = tuple(launch.block), "dynamic_smem"_a = launch.dynamic_smem,
+                  "block"_a = tuple(launch.block), "cluster"_a = tuple(launch.cluster),
+                  "dynamic_smem"_a = launch.dynamic_smem,
                   "static_smem"_a = launch.kernel->static_smem, "instructions"_a = s.instructions,
                   "warp_operations"_a = s.warp_operations, "barriers"_a = s.barriers, "global_read"_a = s.global_read,
                   "global_written"_a = s.global_written, "shared_accesses"_a = s.shared_accesses,
@@ -74,9 +75,9 @@ void check(cudaError_t error) {
   if (error != cudaSuccess) throw Error(error_text(error));
 }
 
-// Arguments: the bytes of each.
+// Arguments: the bytes of each. Cluster: zeros where the launch doesn't say.
 void launch_by_name(const std::string& name, const std::vector<uint32_t>& grid, const std::vector<uint32_t>& block,
-                    std::vector<std::string> arguments, size_t dynamic_smem) {
+                    std::vector<std::string> arguments, size_t dynamic_smem, const std::vector<uint32_t>& cluster) {
   Function& function = named(name);
   const Kernel& kernel = *function.kernel;
   if (arguments.size() != static_cast<size_t>(kernel.num_parameters)) {
@@ -91,7 +92,7 @@ void launch_by_name(const std::string& name, const std::vector<uint32_t>& grid, 
     }
     pointers.push_back(arguments[i].data());
   }
-  check(launch(&function, dim(grid), dim(block), pointers.data(), dynamic_smem));
+  check(launch(&function, dim(grid), dim(block), pointers.data(), dynamic_smem, dim(cluster)));
 }
 
 // The bytes of a kernel's parameter.
@@ -121,7 +122,8 @@ PYBIND11_MODULE(emulated, m) {
     add_buffer(reinterpret_cast<void*>(begin), bytes, name);
   });
   m.def("remove_buffer", [](uintptr_t begin) { return remove_buffer(reinterpret_cast<void*>(begin)); });
-  m.def("launch", &launch_by_name);
+  m.def("launch", &launch_by_name, py::arg("name"), py::arg("grid"), py::arg("block"), py::arg("arguments"),
+        py::arg("dynamic_smem"), py::arg("cluster") = std::vector<uint32_t>{0, 0, 0});
   m.def("allow_dynamic_smem",
         [](const std::string& name, size_t bytes) { check(allow_dynamic_smem(&named(name), bytes)); });
   m.def("release_stacks", &release_stacks);

@@ -8,7 +8,7 @@ namespace emulator {
 
 void copy_async(const Site& site, unsigned char* to, const unsigned char* from, uint32_t bytes, uint32_t bytes_from) {
   memset(to, 0xff, bytes);
-  if (settings.watches & kRaces) begin_transfer(site, Proxy::generic, to - block.smem, bytes, true);
+  if (settings.watches & kRaces) begin_transfer(site, By::thread, to - cluster.smem, bytes, true);
   self().copies.push_back({to, from, bytes, bytes_from, self().num_groups});
 }
 
@@ -24,7 +24,7 @@ void wait_for_copies(uint32_t pending_groups) {
     }
     memcpy(copy.to, copy.from, copy.bytes_from);
     memset(copy.to + copy.bytes_from, 0, copy.bytes - copy.bytes_from);
-    if (settings.watches & kRaces) end_transfer(Proxy::generic, copy.to - block.smem, copy.bytes);
+    if (settings.watches & kRaces) end_transfer(By::thread, copy.to - cluster.smem, copy.bytes);
   }
   me.copies.erase(kept, me.copies.end());
 }

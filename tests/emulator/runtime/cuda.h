@@ -32,6 +32,8 @@ struct Image {
 struct Function : Image {
   size_t max_dynamic_smem;
   std::vector<Image> images;
+  Dim cluster = {0, 0, 0};  // what its attributes require
+  bool allows_large_clusters = false;
 };
 
 // By the host's function, or the handle of cudaGetKernel.
@@ -41,14 +43,17 @@ const Variable* find_variable(const void* shadow);
 
 struct Launch {
   const Kernel* kernel;
-  Dim grid, block;
+  Dim grid, block, cluster;
   size_t dynamic_smem;
   Statistics statistics;
 };
 extern std::vector<Launch> launches;  // since they were last asked for
 
 cudaError_t allow_dynamic_smem(Function* function, size_t bytes);
-cudaError_t launch(Function* function, Dim grid, Dim block, void** arguments, size_t dynamic_smem);
+// `cluster`: 0 blocks where the launch doesn't say.
+constexpr Dim kNoCluster = {0, 0, 0};
+cudaError_t launch(Function* function, Dim grid, Dim block, void** arguments, size_t dynamic_smem,
+                   Dim cluster = kNoCluster);
 
 cudaError_t remember(cudaError_t error);  // for cudaGetLastError
 const char* error_text(cudaError_t error);

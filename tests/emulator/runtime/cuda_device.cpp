@@ -42,6 +42,8 @@ const char* error_text(cudaError_t error) {
       {cudaErrorInvalidSymbol, "invalid device symbol"},
       {cudaErrorMissingConfiguration, "__global__ function call is not configured"},
       {cudaErrorInvalidDevice, "invalid device ordinal"},
+      {cudaErrorNotPermitted, "operation not permitted"},
+      {cudaErrorInvalidClusterSize, "a kernel launch error has occurred due to cluster misconfiguration"},
       {cudaErrorNoKernelImageForDevice, "no kernel image is available for execution on the device"},
       {cudaErrorInvalidDeviceFunction, "invalid device function"}};
   const auto it = texts.find(error);
@@ -79,6 +81,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
       {cudaDevAttrMaxSharedMemoryPerBlock, kDefaultSmem},
       {cudaDevAttrMaxSharedMemoryPerBlockOptin, static_cast<int>(m.smem_per_block_optin)},
       {cudaDevAttrMaxSharedMemoryPerMultiprocessor, static_cast<int>(m.smem_per_sm)},
+      {cudaDevAttrClusterLaunch, m.major >= 9},
       {cudaDevAttrReservedSharedMemoryPerBlock, kReservedSmem},
       {cudaDevAttrL2CacheSize, static_cast<int>(m.l2_bytes)}};
   const auto it = values.find(attribute);
@@ -102,6 +105,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
   p->sharedMemPerBlockOptin = m.smem_per_block_optin;
   p->sharedMemPerMultiprocessor = m.smem_per_sm;
   p->reservedSharedMemPerBlock = kReservedSmem;
+  p->clusterLaunch = m.major >= 9;
   p->regsPerBlock = p->regsPerMultiprocessor = kRegisters;
   p->maxThreadsPerBlock = kMaxThreads;
   p->maxThreadsPerMultiProcessor = m.threads_per_sm;

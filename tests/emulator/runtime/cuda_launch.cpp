@@ -56,6 +56,26 @@ cudaError_t check_launch(const Function& f, Dim grid, Dim block, size_t dynamic_
   return cudaSuccess;
 }
 
+constexpr uint32_t kPortableBlocks = 8, kMaxBlocks = 16;
+
+bool are_equal(Dim a, Dim b) { return a.x == b.x && a.y == b.y && a.z == b.z; }
+
+// What the declaration, the kernel's attributes and the launch say of it, of which the last may be `cluster`.
+cudaError_t find_cluster(const Function& f, Dim grid, Dim& cluster) {
+  const ClusterBounds& declared = f.kernel->cluster;
+  for (const Dim& other : {declared.size, f.cluster}) {
+    if (are_equal(other, kNoCluster)) continue;
+    if (!are_equal(cluster, kNoCluster) && !are_equal(cluster, other)) return cudaErrorInvalidClusterSize;
+    cluster = other;
+  }
+  if (are_equal(cluster, kNoCluster)) return declared.is_required ? cudaErrorInvalidClusterSize : cudaSuccess;
+  const uint32_t most = f.allows_large_clusters ? kMaxBlocks : kPortableBlocks;
+  const bool is_too_large = cluster.count() > (declared.max_blocks ? std::min(most, declared.max_blocks) : most);
+  if (device_model().major < 9 || cluster.count() == 0 || is_too_large) return cudaErrorInvalidClusterSize;
+  const bool divides = grid.x % cluster.x == 0 && grid.y % cluster.y == 0 && grid.z % cluster.z == 0;
+  return divides ? cudaSuccess : cudaErrorInvalidClusterSize;
+}
+
 }  // namespace
 
 namespace {
@@ -93,9 +113,10 @@ cudaError_t allow_dynamic_smem(Function* function, size_t bytes) {
   return cudaSuccess;
 }
 
-cudaError_t launch(Function* function, Dim grid, Dim block, void** arguments, size_t dynamic_smem) {
+cudaError_t launch(Function* function, Dim grid, Dim block, void** arguments, size_t dynamic_smem, Dim cluster) {
   if (!function) return remember(cudaErrorInvalidDeviceFunction);
   if (const cudaError_t error = check_launch(*function, grid, block, dynamic_smem)) return remember(error);
+  if (const cudaError_t error = find_cluster(*function, grid, cluster)) return remember(error);
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   const Kernel& kernel = *function->kernel;
@@ -104,8 +125,8 @@ cudaError_t launch(Function* function, Dim grid, Dim block, void** arguments, si
     memcpy(parameters + kernel.parameters[i].offset, arguments[i], kernel.parameters[i].size);
   }
   statistics = {};
-  run(kernel, grid, block, dynamic_smem, parameters);
-  launches.push_back({&kernel, grid, block, dynamic_smem, statistics});
+  run(kernel, grid, block, cluster, dynamic_smem, parameters);
+  launches.push_back({&kernel, grid, block, cluster, dynamic_smem, statistics});
   return cudaSuccess;
 }
 
@@ -212,15 +233,16 @@ cudaError_t cudaLaunchKernel(const void* host, dim3 grid, dim3 block, void** arg
   return launch(find_function(host), dim(grid), dim(block), arguments, smem);
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* host, void** arguments) {
+  Dim cluster = kNoCluster;
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     const cudaLaunchAttribute& a = config->attrs[i];
-    const auto& cluster = a.val.clusterDim;
-    if (a.id == cudaLaunchAttributeClusterDimension && cluster.x * cluster.y * cluster.z > 1) {
-      not_emulated("a cluster of several blocks");
-    }
+    const auto& size = a.val.clusterDim;
+    if (a.id == cudaLaunchAttributeClusterDimension) cluster = {size.x, size.y, size.z};
+    if (a.id == cudaLaunchAttributePreferredClusterDimension) not_emulated("a preferred size of clusters");
     if (a.id == cudaLaunchAttributeCooperative && a.val.cooperative) not_emulated("a cooperative launch");
   }
-  return launch(find_function(host), dim(config->gridDim), dim(config->blockDim), arguments, config->dynamicSmemBytes);
+  return launch(find_function(host), dim(config->gridDim), dim(config->blockDim), arguments, config->dynamicSmemBytes,
+                cluster);
 }
 
 cudaError_t cudaFuncSetAttribute(const void* host, cudaFuncAttribute attribute, int value) {
@@ -228,8 +250,21 @@ cudaError_t cudaFuncSetAttribute(const void* host, cudaFuncAttribute attribute, 
   if (!f) return remember(cudaErrorInvalidDeviceFunction);
   if (const cudaError_t error = check_image(*f)) return remember(error);
   if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) return cudaSuccess;  // for speed alone
-  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) not_emulated("this attribute of a kernel");
-  return value < 0 ? remember(cudaErrorInvalidValue) : allow_dynamic_smem(f, value);
+  if (value < 0) return remember(cudaErrorInvalidValue);
+  const auto require = [&](uint32_t& size) {
+    if (!are_equal(f->kernel->cluster.size, kNoCluster)) return remember(cudaErrorNotPermitted);
+    size = value;
+    return cudaSuccess;
+  };
+  switch (attribute) {
+    case cudaFuncAttributeClusterSchedulingPolicyPreference: return cudaSuccess;  // likewise
+    case cudaFuncAttributeMaxDynamicSharedMemorySize: return allow_dynamic_smem(f, value);
+    case cudaFuncAttributeNonPortableClusterSizeAllowed: f->allows_large_clusters = value; return cudaSuccess;
+    case cudaFuncAttributeRequiredClusterWidth: return require(f->cluster.x);
+    case cudaFuncAttributeRequiredClusterHeight: return require(f->cluster.y);
+    case cudaFuncAttributeRequiredClusterDepth: return require(f->cluster.z);
+    default: not_emulated("this attribute of a kernel");
+  }
 }
 
 cudaError_t cudaFuncGetName(const char** name, const void* host) {

@@ -25,6 +25,13 @@ struct Parameter {
   uint32_t offset, size;
 };
 
+// What a kernel's declaration says of clusters: their size, 0 where it is the launch's, and the largest; 0: any.
+struct ClusterBounds {
+  bool is_required;
+  Dim size;
+  uint32_t max_blocks;
+};
+
 struct Kernel {
   const char* name;  // mangled
   void (*body)();    // one thread
@@ -32,6 +39,7 @@ struct Kernel {
   int num_parameters;
   size_t parameter_bytes, static_smem;
   int max_threads;  // __launch_bounds__
+  ClusterBounds cluster;
 };
 
 struct Variable {
@@ -64,9 +72,10 @@ struct Site {
 
 constexpr int kWarp = 32;
 
+// Numbers are those in the cluster.
 struct Thread {
   Dim index;
-  uint32_t number, warp, lane;
+  uint32_t number, warp, lane, rank /* of the block */;
   unsigned char* stack;
 };
 
@@ -77,9 +86,23 @@ struct Block {
   size_t smem_bytes, dynamic_smem;
   const unsigned char* parameters;  // in fact of the grid
   uint64_t instructions;            // of threads, of the launch so far
+  uint32_t rank;                    // in its cluster
+};
+
+// The blocks that run at once; one, where a launch says nothing of clusters. Threads and bytes of shared memory are
+// numbered through: from a block's first to the next one's there is a stride.
+struct Cluster {
+  Dim size, grid /* of clusters */, index;
+  bool is_explicit;
+  uint32_t thread_stride, smem_stride;
+  unsigned char* smem;
+  size_t smem_bytes;
+
+  uint32_t blocks() const { return size.count(); }
 };
 
 extern Block block;
+extern Cluster cluster;
 extern Thread* current;  // null while the host runs
 
 std::string format(const char* text, ...) __attribute__((format(printf, 1, 2)));
@@ -112,7 +135,9 @@ struct Statistics {
 
 extern Statistics statistics;
 
-void run(const Kernel& kernel, Dim grid, Dim size, size_t dynamic_smem, const unsigned char* parameters);
+// `cluster_size`: 0 blocks where there are no clusters.
+void run(const Kernel& kernel, Dim grid, Dim size, Dim cluster_size, size_t dynamic_smem,
+         const unsigned char* parameters);
 
 // ---- Threads that meet ----
 

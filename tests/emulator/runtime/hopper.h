@@ -1,6 +1,7 @@
 // All that translated code asks for.
 #pragma once
 
+#include "async_stores.h"
 #include "bulk_copies.h"
 #include "mbarriers.h"
 #include "ptx.h"

@@ -68,7 +68,7 @@ void record(Site& site, Space space, uint64_t address, uint32_t bytes) {
   const size_t place = site.number * 2 + (space == Space::global_written);
   auto& visits = self().visits;
   if (visits.size() <= place) visits.resize(place + 1);
-  const uint64_t visit = visits[place]++, key = static_cast<uint64_t>(current->warp) << 56 | visit << 20 | place;
+  const uint64_t visit = visits[place]++, key = static_cast<uint64_t>(current->warp) << 54 | visit << 20 | place;
   Access& access = accesses[key];
   access.space = space;
   access.lanes |= 1u << current->lane;

@@ -7,7 +7,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "emulator.h"
+#include "clusters.h"
 
 namespace emulator {
 
@@ -115,14 +115,24 @@ inline unsigned char* shared_pointer(Site& site, uint32_t offset) {
     fail("%s at %s: %zu bytes at offset %u are outside the block's %zu bytes of shared memory", site.what, site.source,
          bytes, offset, block.smem_bytes);
   }
-  watch<Access>(site, true, offset, bytes);
+  if (__builtin_expect(settings.watches != 0, 0)) watch<Access>(site, true, place_of(offset), bytes);
   return block.smem + offset;
+}
+
+// Of any block of the cluster.
+template <class Access, size_t bytes>
+inline unsigned char* cluster_pointer(Site& site, uint32_t address) {
+  check_alignment(site, address, bytes);
+  const uint32_t place = find_place(site, address, bytes);
+  watch<Access>(site, true, place, bytes);
+  return cluster.smem + place;
 }
 
 template <class Access, size_t bytes>
 inline unsigned char* generic_pointer(Site& site, uint64_t address) {
   const uint64_t offset = address - reinterpret_cast<uint64_t>(block.smem);
   if (offset < block.smem_bytes) return shared_pointer<Access, bytes>(site, offset);
+  if (is_in_cluster(address)) return cluster_pointer<Access, bytes>(site, to_shared(address));
   if (!is_private(address, bytes)) return global_pointer<Access, bytes>(site, address);
   check_alignment(site, address, bytes);
   return reinterpret_cast<unsigned char*>(address);

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <unordered_map>
 
+#include "clusters.h"
 #include "scheduler.h"
 
 namespace emulator {
@@ -19,11 +20,11 @@ namespace {
 constexpr uint32_t kWordBytes = 4, kOnItsWay = ~0u;  // no thread's count gets there
 
 struct Access {
-  uint64_t block;
+  uint64_t cluster;
   uint32_t thread, count;
   uint8_t bytes;  // of the word, a bit each
   bool writes, is_atomic;
-  Proxy proxy;
+  By by;
   const Site* site;
 };
 // Those that a later access may still race with.
@@ -31,11 +32,11 @@ using Word = std::vector<Access>;
 
 struct ThreadClock {
   Clock now;
-  uint32_t* counts;         // of `now`, for its own block
+  uint32_t* counts;         // of `now`, for its own cluster
   Clock released, pending;  // at its last fence; what it has seen since
 };
 
-uint64_t block_number;
+uint64_t cluster_number;
 uint32_t copy_unit;  // the thread after the last
 std::vector<ThreadClock> clocks;
 std::vector<Word> shared_words;
@@ -44,27 +45,40 @@ std::unordered_map<uint64_t, Word> global_words;
 std::unordered_map<uint64_t, Clock> published_in_shared, published_in_global;
 
 bool is_in(const Access& a, const std::map<uint64_t, std::vector<uint32_t>>& counts) {
-  const auto it = counts.find(a.block);
+  const auto it = counts.find(a.cluster);
   return it != counts.end() && a.count <= it->second[a.thread];
 }
 
 bool is_before_now(const Access& a, const ThreadClock& me) {
-  return a.block == block_number ? a.count <= me.counts[a.thread] : is_in(a, me.now.done);
+  return a.cluster == cluster_number ? a.count <= me.counts[a.thread] : is_in(a, me.now.done);
+}
+
+bool is_of_unit(const Access& a) { return a.thread == copy_unit; }
+uint32_t rank_of(const Access& a) { return a.thread / cluster.thread_stride; }
+
+// What it was, and whose.
+std::string describe(const Access& a) {
+  std::string text = format("%s at %s", a.site->what, a.site->source);
+  if (is_of_unit(a)) return text;
+  const Dim t = thread_index(a.thread % cluster.thread_stride);
+  text += format(" of thread (%u, %u, %u)", t.x, t.y, t.z);
+  if (a.cluster == cluster_number && rank_of(a) == block.rank) return text;
+  const Dim b = block_index(cluster_index(a.cluster), rank_of(a));
+  return text + format(" of block (%u, %u, %u)", b.x, b.y, b.z);
+}
+
+std::string describe_memory(bool is_shared, uint64_t address) {
+  return is_shared ? "shared memory at " + describe_place(address) : format("global memory at 0x%lx", address);
 }
 
 [[noreturn]] void fail_raced(const Site& site, bool writes, const Access& other, bool is_shared, uint64_t address) {
-  const std::string there = format("%s at %s", other.site->what, other.site->source);
   if (other.count == kOnItsWay) {
-    fail("race: %s at %s, but the bytes of %s are on their way", site.what, site.source, there.c_str());
+    fail("race: %s at %s, but the bytes of %s at %s are on their way", site.what, site.source, other.site->what,
+         other.site->source);
   }
-  const Dim s = block.size;
-  const std::string thread =
-      format("thread (%u, %u, %u)", other.thread % s.x, other.thread / s.x % s.y, other.thread / s.x / s.y);
-  const std::string which = other.thread == copy_unit ? "" : " of " + thread;
-  const std::string where = other.block == block_number ? "" : format(" of block %lu", other.block);
-  fail("race: %s at %s %s %s memory at 0x%lx, which %s%s%s %s: nothing orders them", site.what, site.source,
-       writes ? "writes" : "reads", is_shared ? "shared" : "global", address, there.c_str(), which.c_str(),
-       where.c_str(), other.writes ? "has written" : "has read");
+  fail("race: %s at %s %s %s, which %s %s: nothing orders them", site.what, site.source, writes ? "writes" : "reads",
+       describe_memory(is_shared, address).c_str(), describe(other).c_str(),
+       other.writes ? "has written" : "has read");
 }
 
 template <class F>
@@ -87,9 +101,10 @@ void add_access(const Access& access, bool is_shared, uint64_t address, uint32_t
       const bool conflicts = (a.bytes & mask) && (access.writes || a.writes) && !(access.is_atomic && a.is_atomic);
       if (!conflicts) continue;
       if (!is_before_now(a, me)) fail_raced(*access.site, access.writes, a, is_shared, address);
-      if (a.writes && a.proxy == Proxy::generic && access.proxy == Proxy::async && !is_in(a, me.now.fenced)) {
-        fail("%s at %s: no fence.proxy.async since %s at %s wrote %s memory at 0x%lx", access.site->what,
-             access.site->source, a.site->what, a.site->source, is_shared ? "shared" : "global", address);
+      const bool changes_proxy = a.by != By::async_proxy && access.by == By::async_proxy;
+      if (a.writes && changes_proxy && !is_in(a, me.now.fenced)) {
+        fail("%s at %s: no fence.proxy.async since %s at %s wrote %s", access.site->what, access.site->source,
+             a.site->what, a.site->source, describe_memory(is_shared, address).c_str());
       }
     }
     // Whoever comes after this access, and so doesn't race with it, doesn't race with what comes before it either.
@@ -125,10 +140,10 @@ void begin_race_launch() {
   published_in_global.clear();
 }
 
-void begin_race_block(uint64_t number, uint32_t threads) {
-  block_number = number;
+void begin_race_cluster(uint64_t number, uint32_t threads) {
+  cluster_number = number;
   published_in_shared.clear();
-  shared_words.assign((block.smem_bytes + kWordBytes - 1) / kWordBytes, {});
+  shared_words.assign(cluster.smem_bytes / kWordBytes, {});
   copy_unit = threads;
   clocks.assign(threads + 1, {});
   for (uint32_t i = 0; i <= threads; ++i) {
@@ -139,12 +154,32 @@ void begin_race_block(uint64_t number, uint32_t threads) {
   }
 }
 
+// A block's shared memory is there for as long as it has threads.
+void end_race_block() {
+  Clock known;
+  const uint32_t first = first_of(block.rank);
+  for (uint32_t i = first; i < first + block.size.count(); ++i) known.join(clocks[i].now);
+  const uint32_t begin = block.rank * cluster.smem_stride / kWordBytes;
+  for (uint32_t i = begin; i < begin + cluster.smem_stride / kWordBytes; ++i) {
+    for (const Access& a : shared_words[i]) {
+      const bool is_own = !is_of_unit(a) && rank_of(a) == block.rank;
+      if (is_own || (a.count != kOnItsWay && is_in(a, known.done))) continue;
+      fail("race: the block exits, and nothing orders that after %s, which %s its shared memory at %s",
+           describe(a).c_str(), a.writes ? "writes" : "reads", describe_place(i * kWordBytes).c_str());
+    }
+  }
+}
+
 void release(uint32_t thread, Clock& to) {
   to.join(clocks[thread].now);
   ++clocks[thread].counts[thread];
 }
 
 void acquire(uint32_t thread, const Clock& from) { clocks[thread].now.join(from); }
+
+void release_relaxed(Clock& to) { to.join(clocks[current->number].released); }
+
+void acquire_relaxed(const Clock& from) { clocks[current->number].pending.join(from); }
 
 void synchronise(const std::vector<uint32_t>& threads) {
   Clock all;
@@ -165,7 +200,7 @@ namespace {
 void check_access(const Site& site, bool is_shared, uint64_t address, uint32_t bytes, bool writes, bool is_atomic) {
   ThreadClock& me = clocks[current->number];
   const uint32_t thread = current->number;
-  add_access({block_number, thread, me.counts[thread], 0, writes, is_atomic, Proxy::generic, &site}, is_shared, address,
+  add_access({cluster_number, thread, me.counts[thread], 0, writes, is_atomic, By::thread, &site}, is_shared, address,
              bytes);
   if (!is_atomic) return;
   // A fence before a write releases, one after a read acquires.
@@ -188,15 +223,15 @@ void fence_proxy() {
   ++clocks[current->number].counts[current->number];
 }
 
-void begin_transfer(const Site& site, Proxy proxy, uint32_t offset, uint32_t bytes, bool writes) {
-  const uint32_t thread = proxy == Proxy::generic ? current->number : copy_unit;
-  add_access({block_number, thread, kOnItsWay, 0, writes, false, proxy, &site}, true, offset, bytes);
+void begin_transfer(const Site& site, By by, uint32_t place, uint32_t bytes, bool writes, bool is_atomic) {
+  const uint32_t thread = by == By::thread ? current->number : copy_unit;
+  add_access({cluster_number, thread, kOnItsWay, 0, writes, is_atomic, by, &site}, true, place, bytes);
 }
 
-void end_transfer(Proxy proxy, uint32_t offset, uint32_t bytes, Clock* to) {
-  const uint32_t thread = proxy == Proxy::generic ? current->number : copy_unit;
+void end_transfer(By by, uint32_t place, uint32_t bytes, Clock* to) {
+  const uint32_t thread = by == By::thread ? current->number : copy_unit;
   const uint32_t owner = to ? thread : current->number, count = clocks[owner].counts[owner];
-  for_each_word(true, offset, bytes, [&](Word& word, uint8_t) {
+  for_each_word(true, place, bytes, [&](Word& word, uint8_t) {
     for (Access& a : word) {
       if (a.thread != thread || a.count != kOnItsWay) continue;
       a.thread = owner;
@@ -204,7 +239,7 @@ void end_transfer(Proxy proxy, uint32_t offset, uint32_t bytes, Clock* to) {
     }
   });
   if (!to) return;
-  auto& counts = to->done[block_number];
+  auto& counts = to->done[cluster_number];
   counts.resize(clocks.size());
   counts[owner] = count;
   ++clocks[owner].counts[owner];

@@ -12,16 +12,19 @@
 #include <utility>
 
 #include "async.h"
+#include "clusters.h"
 #include "races.h"
 
 namespace emulator {
 
 Block block;
+Cluster cluster;
 Thread* current = nullptr;
 Settings settings;
 Statistics statistics;
 std::vector<Fiber> fibers;
 uint32_t num_live;
+std::vector<uint32_t> live_in;
 
 namespace {
 uint64_t random_state;
@@ -53,9 +56,21 @@ __attribute__((naked, noinline)) void switch_stacks(void** /*from*/, void* /*to*
       "pop %r15\n pop %r14\n pop %r13\n pop %r12\n pop %rbx\n pop %rbp\n ret");
 }
 
+Dim split(uint64_t number, Dim size) {
+  return {static_cast<uint32_t>(number % size.x), static_cast<uint32_t>(number / size.x % size.y),
+          static_cast<uint32_t>(number / size.x / size.y)};
+}
+
+void enter_block(uint32_t rank) {
+  block.rank = rank;
+  block.smem = cluster.smem + static_cast<size_t>(rank) * cluster.smem_stride;
+  block.index = block_index(cluster.index, rank);
+}
+
 void switch_to(Fiber* next) {
   void** from = &self().stack_pointer;
   current = next;
+  if (next && next->rank != block.rank) enter_block(next->rank);
   switch_stacks(from, next ? next->stack_pointer : launcher);
 }
 
@@ -100,18 +115,23 @@ Fiber* next_ready() {
 
 // Which threads wait where: one line for neighbours that wait at the same place.
 [[noreturn]] void fail_deadlocked() {
-  std::string text = format("deadlock: %u of %zu threads wait for ever", num_live, block.size.count());
   const uint32_t n = block.size.count();
+  std::string text = format("deadlock: %u of %u threads wait for ever", num_live, n * cluster.blocks());
   int lines = 0;
-  for (uint32_t i = 0, end; i < n && lines < 16; i = end) {
-    for (end = i + 1; end < n && fibers[end].waits_at == fibers[i].waits_at; ++end) {
-    }
-    if (const Site* site = fibers[i].waits_at) {
-      text += format("\n  threads %u to %u wait at %s at %s", i, end - 1, site->what, site->source);
-      ++lines;
+  for (uint32_t rank = 0; rank < cluster.blocks(); ++rank) {
+    const Fiber* threads = &fibers[first_of(rank)];
+    const std::string where = cluster.blocks() > 1 ? describe_block(rank) + ": " : "";
+    for (uint32_t i = 0, end; i < n && lines < 16; i = end) {
+      for (end = i + 1; end < n && threads[end].waits_at == threads[i].waits_at; ++end) {
+      }
+      if (const Site* site = threads[i].waits_at) {
+        text += format("\n  %sthreads %u to %u wait at %s at %s", where.c_str(), i, end - 1, site->what, site->source);
+        ++lines;
+      }
     }
   }
-  fail("%s%s%s", text.c_str(), describe_warps().c_str(), describe_mbarriers().c_str());
+  fail("%s%s%s%s", text.c_str(), describe_warps().c_str(), describe_mbarriers().c_str(),
+       describe_cluster_barrier().c_str());
 }
 
 void run_others() {
@@ -128,9 +148,11 @@ void fiber_main() {
   self().has_exited = true;
   self().waits_at = nullptr;
   --num_live;
+  --live_in[block.rank];
   idle_turns = 0;
   leave_barriers();
   leave_warp();
+  leave_cluster();
   run_others();
   abort();
 }
@@ -148,12 +170,14 @@ void allocate_fibers(size_t n) {
   }
 }
 
-void start_fiber(uint32_t i) {
+void start_fiber(uint32_t rank, uint32_t thread) {
+  const uint32_t i = first_of(rank) + thread;
   Fiber& f = fibers[i];
-  f.index = {i % block.size.x, i / block.size.x % block.size.y, i / block.size.x / block.size.y};
+  f.index = thread_index(thread);
   f.number = i;
   f.warp = i / kWarp;
   f.lane = i % kWarp;
+  f.rank = rank;
   f.has_exited = false;
   f.waits_at = nullptr;
   f.waits_for = nullptr;
@@ -168,32 +192,38 @@ void start_fiber(uint32_t i) {
   f.stack_pointer = sp;
 }
 
-void run_block(uint64_t number) {
+void run_cluster(uint64_t number) {
   const auto n = static_cast<uint32_t>(block.size.count());
-  memset(block.smem, 0xff, block.smem_bytes);  // NaN, until it is written
+  cluster.index = cluster_index(number);
+  memset(cluster.smem, 0xff, cluster.smem_bytes);  // NaN, until it is written
   reset_barriers();
+  reset_cluster_barrier();
   reset_warps();
   reset_mbarriers();
   reset_warpgroups();
   reset_async();
-  num_live = n;
+  num_live = n * cluster.blocks();
+  live_in.assign(cluster.blocks(), n);
   idle_turns = 0;
-  if (settings.watches & kRaces) begin_race_block(number, n);
-  queues.assign((n + kWarp - 1) / kWarp, {});
-  for (uint32_t i = 0; i < n; ++i) {
-    start_fiber(i);
-    make_ready(fibers[i]);
+  if (settings.watches & kRaces) begin_race_cluster(number, num_numbers());
+  queues.assign((num_numbers() + kWarp - 1) / kWarp, {});
+  for (uint32_t rank = 0; rank < cluster.blocks(); ++rank) {
+    for (uint32_t i = 0; i < n; ++i) {
+      start_fiber(rank, i);
+      make_ready(fibers[first_of(rank) + i]);
+    }
   }
   begin_turn();
   Fiber* first = next_ready();
   current = first;
+  enter_block(first->rank);
   switch_stacks(&launcher, first->stack_pointer);
   finish_profile();
   if (!failure.empty()) throw Error(std::exchange(failure, {}));
   finish_async();
 }
 
-std::vector<uint64_t> order_of_blocks(uint64_t n) {
+std::vector<uint64_t> order_of_clusters(uint64_t n) {
   std::vector<uint64_t> order(n);
   std::iota(order.begin(), order.end(), 0);
   if (settings.order == Order::descending) std::reverse(order.begin(), order.end());
@@ -218,7 +248,7 @@ void wait_for(const void* event, const Site& site) {
 
 void wake(const void* event, int result) {
   idle_turns = 0;
-  const auto n = static_cast<uint32_t>(block.size.count());
+  const uint32_t n = num_numbers();
   for (uint32_t i = 0; i < n; ++i) {
     Fiber& f = fibers[i];
     if (f.waits_for != event) continue;
@@ -270,24 +300,44 @@ void fail(const char* text, ...) {
   failure = format("%s\n  in kernel %s, block (%u, %u, %u), thread (%u, %u, %u)", message,
                    name ? name : block.kernel->name, b.x, b.y, b.z, t.x, t.y, t.z);
   free(name);
-  switch_to(nullptr);  // for ever: run_block throws it
+  switch_to(nullptr);  // for ever: run_cluster throws it
   abort();
 }
 
-void run(const Kernel& kernel, Dim grid, Dim size, size_t dynamic_smem, const unsigned char* parameters) {
+Dim thread_index(uint32_t number_in_block) { return split(number_in_block, block.size); }
+
+Dim cluster_index(uint64_t number) { return split(number, cluster.grid); }
+
+Dim block_index(Dim c, uint32_t rank) {
+  const Dim b = split(rank, cluster.size);
+  return {c.x * cluster.size.x + b.x, c.y * cluster.size.y + b.y, c.z * cluster.size.z + b.z};
+}
+
+void run(const Kernel& kernel, Dim grid, Dim size, Dim cluster_size, size_t dynamic_smem,
+         const unsigned char* parameters) {
   if (current) throw Error("a launch within a kernel isn't emulated");
+  constexpr uint32_t kAlignment = 1024, kWarpgroup = 128;
+  const auto round_up = [](size_t n, uint32_t unit) { return static_cast<uint32_t>((n + unit - 1) / unit * unit); };
   static std::vector<unsigned char> smem;
-  block = {&kernel, grid, size, {}, nullptr, kernel.static_smem + dynamic_smem, dynamic_smem, parameters, 0};
-  smem.resize(block.smem_bytes + 1024);
-  block.smem = reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(smem.data()) + 1023) & ~uintptr_t(1023));
-  allocate_fibers(size.count());
+  block = {&kernel, grid, size, {}, nullptr, kernel.static_smem + dynamic_smem, dynamic_smem, parameters, 0, 0};
+  const bool is_explicit = cluster_size.count() > 0;
+  const Dim c = is_explicit ? cluster_size : Dim{};
+  const uint32_t smem_stride = round_up(block.smem_bytes + 1, kAlignment);  // the end of one isn't the next one's begin
+  smem.resize(smem_stride * c.count() + kAlignment);
+  auto* aligned = smem.data() + -reinterpret_cast<uintptr_t>(smem.data()) % kAlignment;
+  cluster = {c,
+             {grid.x / c.x, grid.y / c.y, grid.z / c.z},
+             {},
+             is_explicit,
+             round_up(size.count(), kWarpgroup),
+             smem_stride,
+             aligned,
+             smem_stride * c.count()};
+  allocate_fibers(num_numbers());
+  for (Fiber& f : fibers) f.waits_for = nullptr;  // those between blocks, for ever
   random_state = (settings.seed + 1) * 0x9e3779b97f4a7c15ull | 1;
   if (settings.watches & kRaces) begin_race_launch();
-  for (const uint64_t i : order_of_blocks(grid.count())) {
-    block.index = {static_cast<uint32_t>(i % grid.x), static_cast<uint32_t>(i / grid.x % grid.y),
-                   static_cast<uint32_t>(i / grid.x / grid.y)};
-    run_block(i);
-  }
+  for (const uint64_t i : order_of_clusters(cluster.grid.count())) run_cluster(i);
   statistics.instructions += block.instructions;
 }
 

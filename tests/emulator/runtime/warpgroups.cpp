@@ -4,6 +4,7 @@
 
 #include <deque>
 
+#include "clusters.h"
 #include "races.h"
 #include "scheduler.h"
 #include "tensor_maps.h"
@@ -79,7 +80,7 @@ void run(uint32_t group, Queued& q) {
   if (!(settings.watches & kRaces)) return;
   for (int warp = 0; warp < 4; ++warp) {
     for_each_chunk(*q.site, q.products[warp * kWarp], warp,
-                   [&](uint32_t offset) { end_transfer(Proxy::async, offset, 16, &q.clock); });
+                   [&](uint32_t offset) { end_transfer(By::async_proxy, place_of(offset), 16, &q.clock); });
   }
 }
 
@@ -91,8 +92,8 @@ void run_until(uint32_t group, size_t end) {
 }  // namespace
 
 void start_product(const Site& site, ProductWork work, const Product& product) {
-  const uint32_t thread = current->number, group = thread / kThreads;
-  if (block.size.count() < (group + 1) * kThreads) fail("%s at %s: not a whole warpgroup", site.what, site.source);
+  const uint32_t thread = current->number, group = thread / kThreads, end = (group + 1) * kThreads;
+  if (first_of(block.rank) + block.size.count() < end) fail("%s at %s: not a whole warpgroup", site.what, site.source);
   State& state = states[thread];
   auto& queue = warpgroups[group].queue;
   if (!state.is_fenced) fail("%s at %s: no wgmma.fence before it", site.what, site.source);
@@ -107,7 +108,7 @@ void start_product(const Site& site, ProductWork work, const Product& product) {
   for (int i = 0; i < num_registers(product); ++i) *product.d[i] = ~0u;
   if ((settings.watches & kRaces) && current->lane == 0) {
     for_each_chunk(site, product, current->warp,
-                   [&](uint32_t offset) { begin_transfer(site, Proxy::async, offset, 16, false); });
+                   [&](uint32_t offset) { begin_transfer(site, By::async_proxy, place_of(offset), 16, false); });
   }
   if (++q.asked < kThreads) return;
   const bool is_early = settings.order == Order::descending || (settings.order == Order::random && draw() % 2 == 0);
@@ -147,8 +148,8 @@ void wait_for_products(const Site& site, uint32_t pending_groups) {
 }
 
 void reset_warpgroups() {
-  warpgroups.assign((block.size.count() + kThreads - 1) / kThreads, {});
-  states.assign(block.size.count(), {});
+  warpgroups.assign((num_numbers() + kThreads - 1) / kThreads, {});
+  states.assign(num_numbers(), {});
 }
 
 void leave_warpgroup() {

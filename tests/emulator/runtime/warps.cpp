@@ -123,10 +123,11 @@ Match match(const Site& site, uint32_t mask, uint64_t value) {
 
 void reset_warps() {
   const uint32_t n = block.size.count();
-  warps.resize((n + kWarp - 1) / kWarp);
+  warps.resize((num_numbers() + kWarp - 1) / kWarp);
   for (uint32_t i = 0; i < warps.size(); ++i) {
+    const uint32_t first = i * kWarp % cluster.thread_stride;
+    const uint32_t lanes = first < n ? std::min<uint32_t>(n - first, kWarp) : 0;
     warps[i].used = 0;
-    const uint32_t lanes = std::min<uint32_t>(n - i * kWarp, kWarp);
     warps[i].live = lanes == kWarp ? ~0u : (1u << lanes) - 1;
   }
 }
