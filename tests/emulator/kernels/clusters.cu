@@ -160,6 +160,24 @@ extern "C" __global__ void registers(int* out) {
   cluster.sync();
 }
 
+// out = what block 1 has, which block 0 reads. Bug: block 1 only sleeps meanwhile.
+extern "C" __global__ void late_exit(int* out, int bug) {
+  __shared__ int smem[32];
+  smem[threadIdx.x] = threadIdx.x;
+  cluster_sync();
+  if (cluster_rank() == 0) {
+    asm volatile("ld.shared::cluster.u32 %0, [%1];"
+                 : "=r"(out[threadIdx.x])
+                 : "r"(map_address(&smem[threadIdx.x], 1))
+                 : "memory");
+  }
+  if (!bug) {
+    cluster_sync();
+  } else if (cluster_rank() == 1) {
+    for (int i = 0; i < 1000; ++i) __nanosleep(1000);
+  }
+}
+
 // A block leaves, while the others meet again without it.
 extern "C" __global__ void early_exit(int* out) {
   cluster_sync();
