@@ -6,8 +6,10 @@ FOLDER/runs.json lists command lines. The leader writes what the tasks of `RUNS`
 FOLDER/results.json. The last line is a run that fails.
 """
 
+import itertools
 import json
 import math
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +51,18 @@ def regression(poison: bool = False) -> Task:
     )
 
 
+def interrupted_at(step: int) -> Task:
+    """In the second process alone."""
+    task, steps = regression(), itertools.count(1)
+
+    def batch(indices: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if next(steps) == step and not distributed.leads():
+            signal.raise_signal(signal.SIGINT)
+        return task.batch(indices)
+
+    return replace(task, batch=batch)
+
+
 def parameters(model: nn.Module) -> list[float]:
     return nn.utils.parameters_to_vector(model.parameters()).tolist()
 
@@ -65,6 +79,10 @@ def main(folder: Path) -> int:
                 "losses": result.losses,
                 "parameters": distributed.gather(parameters(result.model)),
             }
+        try:
+            train(interrupted_at(3), BASE)
+        except KeyboardInterrupt as interrupt:
+            results["interrupts"] = distributed.gather(str(interrupt))
         results["draws"] = distributed.gather(torch.rand(3).tolist())
         if distributed.leads():
             (folder / "results.json").write_text(json.dumps(results))

@@ -52,6 +52,15 @@ def start(*arguments):
     )
 
 
+def finish(process):
+    """What it printed. If the processes wait for each other, torchrun is told to end them."""
+    try:
+        return process.communicate(timeout=150)[0]
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        raise
+
+
 def final_state(folder):
     return load_latest(folder, lambda path, state: state)
 
@@ -77,7 +86,7 @@ def interrupted(folder):
         while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= 3):
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
-        return process.communicate(timeout=60)[0]
+        return finish(process)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +106,7 @@ def driver(folder, interrupted):
     ]
     (folder / "runs.json").write_text(json.dumps(lines, default=str))
     with start(DRIVER, folder) as process:
-        output = process.communicate(timeout=120)[0]
+        output = finish(process)
     assert (folder / "results.json").exists(), output
     return output
 
@@ -152,6 +161,10 @@ def test_draws_differ(results):
     assert leader != other
 
 
+def test_an_interrupt_of_one_process_stops_all_after_the_same_step(results):
+    assert results["interrupts"] == ["stopped after step 3; not saved"] * 2
+
+
 def test_sigterm_stops_all_after_the_same_step(folder, interrupted, driver):
     step = int(interrupted.partition("stopped after step ")[2].partition(";")[0])
     hint = f"torchrun --nproc-per-node 2 -m bigkern train transformer --resume {folder / 'stopped'}"
@@ -179,7 +192,7 @@ def test_a_loss_that_is_not_finite_in_one_process_ends_all(driver):
 def test_an_error_of_one_process_ends_all(tmp_path):
     (tmp_path / "file").write_text("")
     with start("-m", "bigkern", *CNN, "--out", tmp_path / "file" / "run") as process:
-        output = process.communicate(timeout=60)[0]
+        output = finish(process)
     assert process.returncode == 1
     assert output.count("bigkern: error: cannot write") == 1
     assert "gloo" not in output

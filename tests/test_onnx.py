@@ -248,11 +248,11 @@ def test_what_has_no_graph_is_refused():
 
 def encoder():
     layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
-    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), torch.randn(3, 9, 16)
+    return nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), torch.randn(3, 9, 16)
 
 
 def language_model():
-    config = TransformerConfig(vocab_size=16, context=12, dim=16, num_heads=2, num_blocks=2)
+    config = TransformerConfig(vocab_size=16, context=12, dim=16, num_heads=2, num_blocks=1)
     return Transformer(config), torch.randint(16, (3, 9))
 
 

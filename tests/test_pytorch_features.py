@@ -241,15 +241,6 @@ def test_checkpoints_recompute_the_same(use_reentrant):
     assert all(map(torch.equal, *found))
 
 
-def test_an_evaluation_draws_nothing():
-    """So that a run with evaluations trains as one without."""
-    layer, x = Int8TrainingLinear(E, 5).eval(), torch.randn(3, E)
-    before = torch.get_rng_state()
-    with torch.no_grad():
-        layer(x)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 # torch.export
 
 

@@ -16,10 +16,11 @@ Filter = str | re.Pattern | Callable[[str, nn.Module], bool]
 Names = Mapping[nn.Module, list[str]]  # every module of a model, and all names that it has there
 
 # What can be replaced by layers of the same parameters: these types, without further parameters.
-EXAMPLES = {
-    nn.MultiheadAttention: nn.MultiheadAttention(1, 1, add_bias_kv=True, device="meta"),
-    nn.Linear: nn.Linear(1, 1, device="meta"),
-    nn.Conv2d: nn.Conv2d(1, 1, 1, device="meta"),
+PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias")
+PARAMETERS = {
+    nn.MultiheadAttention: {*PROJECTIONS, "bias_k", "bias_v"},
+    nn.Linear: {"weight", "bias"},
+    nn.Conv2d: {"weight", "bias"},
 }
 
 
@@ -72,7 +73,7 @@ def obstacle(module: nn.Module, kind: type[nn.Module]) -> str | None:
         return f"it is a subclass of {kind.__name__}"
     if "forward" in vars(module):
         return "its forward was replaced"
-    own = {*module._parameters, *module._buffers} - EXAMPLES[kind]._parameters.keys()
+    own = {*module._parameters, *module._buffers} - PARAMETERS[kind]
     return f"it has tensors of others: {', '.join(sorted(own))}" if own else None
 
 
