@@ -89,6 +89,12 @@ def broadcast(run, bug, blocks=5, n=200):
     return torch.equal(out, x.expand(blocks, n))
 
 
+def late_exit(run, bug):
+    out = torch.zeros(32, dtype=torch.int32)
+    run("late_exit", out, bug, grid=(2, 1, 1), cluster=(2, 1, 1))
+    return out.tolist() == [*range(32)]
+
+
 # ---- What is right ----
 
 
@@ -187,6 +193,8 @@ MISTAKES = {
     (product, 6): rf"{ON_THEIR_WAY}|race: (ld.shared|cp.async)",
     (broadcast, 1): rf"{ON_THEIR_WAY}|race: (ld.shared|cp.async)",
     (broadcast, 2): rf"cp.async.bulk{AT}: its mask names no block",
+    (broadcast, 3): rf"race: cp.async.bulk{AT} writes {THEIRS} mbarrier.init",
+    (late_exit, 1): rf"{EXITS} ld.shared{AT} of thread .* of {BLOCK}, which reads its shared",
 }  # fmt: skip
 
 
@@ -217,3 +225,8 @@ def test_mistakes_show_under_some_schedule(clusters, kernel, bug):
             return False
 
     assert not all(is_right(schedule) for schedule in SCHEDULES)
+
+
+def test_no_schedule_shows_a_sleep_in_the_place_of_a_barrier(run):
+    assert late_exit(run, 0)
+    assert late_exit(run, 1)

@@ -9,8 +9,8 @@ namespace groups = cooperative_groups;
 constexpr int kBins = 64, kThreads = 96;
 
 // out [clusters, bins] = how often each number is in the cluster's part of in: a block has some of the bins. Bug 1:
-// others' bins are counted in before they are 0; 2: and read before all are counted; 3: blocks exit while others count in
-// theirs, or before they have read their own.
+// others' bins are counted in before they are 0; 2: and read before all are counted; 3: blocks exit while others count
+// in theirs, or before they have read their own.
 extern "C" __global__ void histogram(const int* in, int* out, int per_cluster, int bug) {
   __shared__ int bins[kBins];
   const auto cluster = groups::this_cluster();
@@ -64,10 +64,10 @@ extern "C" __global__ void sums(const float* in, float* out, int bug) {
   if (bug != 2) cluster_sync();
 }
 
-// out [blocks, 4 threads] = in, moved on by one block of the cluster in each of `steps`: by st.async, or as a bulk copy.
-// Bug 1: more bytes are announced to the neighbour than it gets; 2: its buffer may still be in use; 3: barriers aren't
-// known to be there; 4: the bytes aren't waited for; 5: its barrier, but not its buffer, is a neighbour's; 6: no proxy
-// fence before a bulk copy.
+// out [blocks, 4 threads] = in, moved on by one block of the cluster in each of `steps`: by st.async, or as a bulk
+// copy. Bug 1: more bytes are announced to the neighbour than it gets; 2: its buffer may still be in use; 3: barriers
+// aren't known to be there; 4: the bytes aren't waited for; 5: its barrier, but not its buffer, is a neighbour's; 6: no
+// proxy fence before a bulk copy.
 template <bool is_bulk>
 __device__ void pass_on(const float4* in, float4* out, int steps, int bug) {
   __shared__ __align__(128) float4 buffers[2][kThreads], own[kThreads];
@@ -121,11 +121,10 @@ extern "C" __global__ void async_sum(const unsigned* in, unsigned* out, int bug)
     arrive_and_expect(&full, 4 * (bug ? 1 : kThreads * cluster_blocks()));
   }
   cluster_sync();
-  asm volatile(
-      "red.async.relaxed.cluster.shared::cluster.mbarrier::complete_tx::bytes.add.u32 [%0], %1, [%2];" ::"r"(
-          map_address(&sum, 0)),
-      "r"(in[blockIdx.x * kThreads + threadIdx.x]), "r"(map_address(&full, 0))
-      : "memory");
+  asm volatile("red.async.relaxed.cluster.shared::cluster.mbarrier::complete_tx::bytes.add.u32 [%0], %1, [%2];" ::"r"(
+                   map_address(&sum, 0)),
+               "r"(in[blockIdx.x * kThreads + threadIdx.x]), "r"(map_address(&full, 0))
+               : "memory");
   if (cluster_rank() == 0) {
     wait_cluster(&full, 0);
     if (threadIdx.x == 0) out[blockIdx.x / cluster_blocks()] = sum;
@@ -150,14 +149,34 @@ extern "C" __global__ void registers(int* out) {
   const bool is_own = blocks - 1 - rank == rank;
   const bool are_right = __isClusterShared(other) && __isShared(other) == is_own && __isClusterShared(smem) &&
                          !__isClusterShared(out) && cluster.query_shared_rank(other) == its_rank && value == *other;
-  const int values[] = {(int)number.x, (int)number.y, (int)number.z, (int)clusters.x, (int)clusters.y, (int)clusters.z,
-                        (int)index.x,  (int)index.y,  (int)index.z,  (int)size.x,     (int)size.y,     (int)size.z,
-                        rank,          blocks,        (int)value,    are_right + 2 * (int)__clusterDimIsSpecified()};
-  const int block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+  const dim3 sizes[] = {number, clusters, index, size};
+  const int others[] = {rank, blocks, static_cast<int>(value), are_right + 2 * (__clusterDimIsSpecified() != 0)};
   if (threadIdx.x == 0) {
-    for (int i = 0; i < 16; ++i) out[block * 16 + i] = values[i];
+    out += 16 * (blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z));
+    for (int i = 0; i < 4; ++i) {
+      out[3 * i] = sizes[i].x, out[3 * i + 1] = sizes[i].y, out[3 * i + 2] = sizes[i].z;
+      out[12 + i] = others[i];
+    }
   }
   cluster.sync();
+}
+
+// out = what block 1 has, which block 0 reads. Bug: block 1 only sleeps meanwhile.
+extern "C" __global__ void late_exit(int* out, int bug) {
+  __shared__ int smem[32];
+  smem[threadIdx.x] = threadIdx.x;
+  cluster_sync();
+  if (cluster_rank() == 0) {
+    asm volatile("ld.shared::cluster.u32 %0, [%1];"
+                 : "=r"(out[threadIdx.x])
+                 : "r"(map_address(&smem[threadIdx.x], 1))
+                 : "memory");
+  }
+  if (!bug) {
+    cluster_sync();
+  } else if (cluster_rank() == 1) {
+    for (int i = 0; i < 1000; ++i) __nanosleep(1000);
+  }
 }
 
 // A block leaves, while the others meet again without it.

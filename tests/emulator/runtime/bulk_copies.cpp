@@ -101,9 +101,8 @@ void bulk_load(Site& site, uint32_t to, uint64_t from, uint32_t bytes, uint32_t 
   check_bounds(site, from, bytes);
   const auto targets = find_targets(site, to, bytes, kChunk, barrier, multicast);
   count_global_access<Read>(site, from, bytes);
-  start_loads(site, targets, bytes, [=](uint32_t place) {
-    memcpy(cluster.smem + place, reinterpret_cast<const void*>(from), bytes);
-  });
+  start_loads(site, targets, bytes,
+              [=](uint32_t place) { memcpy(cluster.smem + place, reinterpret_cast<const void*>(from), bytes); });
 }
 
 void bulk_store(Site& site, uint64_t to, uint32_t from, uint32_t bytes) {

@@ -13,9 +13,7 @@ constexpr int kRankBit = 24;
 constexpr uint32_t kFirstOfRanks = 1u << kRankBit, kOffsetMask = kFirstOfRanks - 1;
 
 inline uint32_t shared_address(uint32_t rank, uint32_t offset) { return (rank + 1) << kRankBit | offset; }
-inline uint32_t rank_of(uint32_t address) {
-  return address < kFirstOfRanks ? block.rank : (address >> kRankBit) - 1;
-}
+inline uint32_t rank_of(uint32_t address) { return address < kFirstOfRanks ? block.rank : (address >> kRankBit) - 1; }
 inline uint32_t place_of(uint32_t own_offset) { return block.rank * cluster.smem_stride + own_offset; }
 
 inline bool is_in_cluster(uint64_t generic) {

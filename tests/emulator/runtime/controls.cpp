@@ -35,12 +35,11 @@ py::dict describe(const Launch& launch) {
   using namespace py::literals;
   return py::dict("kernel"_a = demangled(launch.kernel->name), "grid"_a = tuple(launch.grid),
                   "block"_a = tuple(launch.block), "cluster"_a = tuple(launch.cluster),
-                  "dynamic_smem"_a = launch.dynamic_smem,
-                  "static_smem"_a = launch.kernel->static_smem, "instructions"_a = s.instructions,
-                  "warp_operations"_a = s.warp_operations, "barriers"_a = s.barriers, "global_read"_a = s.global_read,
-                  "global_written"_a = s.global_written, "shared_accesses"_a = s.shared_accesses,
-                  "bank_conflicts"_a = s.bank_conflicts, "sectors_read"_a = s.sectors_read,
-                  "sectors_written"_a = s.sectors_written);
+                  "dynamic_smem"_a = launch.dynamic_smem, "static_smem"_a = launch.kernel->static_smem,
+                  "instructions"_a = s.instructions, "warp_operations"_a = s.warp_operations, "barriers"_a = s.barriers,
+                  "global_read"_a = s.global_read, "global_written"_a = s.global_written,
+                  "shared_accesses"_a = s.shared_accesses, "bank_conflicts"_a = s.bank_conflicts,
+                  "sectors_read"_a = s.sectors_read, "sectors_written"_a = s.sectors_written);
 }
 
 py::list take_launches() {

@@ -77,8 +77,7 @@ std::string describe_memory(bool is_shared, uint64_t address) {
          other.site->source);
   }
   fail("race: %s at %s %s %s, which %s %s: nothing orders them", site.what, site.source, writes ? "writes" : "reads",
-       describe_memory(is_shared, address).c_str(), describe(other).c_str(),
-       other.writes ? "has written" : "has read");
+       describe_memory(is_shared, address).c_str(), describe(other).c_str(), other.writes ? "has written" : "has read");
 }
 
 template <class F>

@@ -10,8 +10,8 @@
 #pragma GCC visibility push(hidden)
 namespace emulator {
 
-// How far something knows what each thread has done: of a cluster, a count for each of its threads, and one for the unit
-// that makes its bulk copies. `fenced`: what of it the asynchronous proxy (bulk copies, wgmma) sees too.
+// How far something knows what each thread has done: of a cluster, a count for each of its threads, and one for the
+// unit that makes its bulk copies. `fenced`: what of it the asynchronous proxy (bulk copies, wgmma) sees too.
 struct Clock {
   std::map<uint64_t, std::vector<uint32_t>> done, fenced;
   void join(const Clock& other);

@@ -25,9 +25,9 @@ struct Fiber : Thread {
   uint32_t num_groups;           // of copies, committed so far
 };
 
-extern std::vector<Fiber> fibers;       // by number: the running cluster's, and maybe more
-extern uint32_t num_live;               // of them, those that haven't exited
-extern std::vector<uint32_t> live_in;   // of each block
+extern std::vector<Fiber> fibers;      // by number: the running cluster's, and maybe more
+extern uint32_t num_live;              // of them, those that haven't exited
+extern std::vector<uint32_t> live_in;  // of each block
 
 // From the first thread of the cluster to the last, with those between blocks that aren't there.
 inline uint32_t num_numbers() { return cluster.thread_stride * (cluster.blocks() - 1) + block.size.count(); }
