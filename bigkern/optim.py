@@ -214,6 +214,7 @@ class Adam(torch.optim.Adam):
             for positions in batches.values()
         ]
 
+    @torch._disable_dynamo  # as torch's own add_param_group is
     def _adam_group(self, params: list[Tensor], amsgrad: bool) -> AdamGroup:
         states = [self._complete_state(p, amsgrad) for p in params]
         has_master = self._has_master(params[0])

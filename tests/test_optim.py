@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 import bigkern
 from bigkern import backends
+from bigkern.ops import adam
 
 OWN = {"max_grad_norm", "state_dtype", "master_weights"}
 DEVICES = ["cpu", "triton", "cuda"]
@@ -237,7 +239,14 @@ def test_a_stale_graph_is_noticed_as_in_torch():
         loss.backward()
 
 
-def test_inside_torch_compile():
+def test_inside_torch_compile(monkeypatch):
+    """What is kept is not traced: torch would go through weakref's table while others leave it."""
+    is_traced = []
+
+    def finalize(*_):
+        is_traced.append(torch.compiler.is_compiling())
+
+    monkeypatch.setattr(adam, "weakref", SimpleNamespace(finalize=finalize))
     a, b = make_params(), make_params()
     ours, theirs = bigkern.optim.Adam(a), torch.optim.Adam(b)
 
@@ -250,6 +259,7 @@ def test_inside_torch_compile():
         step()
         theirs.step()
     assert_close(a, b)
+    assert is_traced == [False]
 
 
 def test_thousands_of_tensors_of_every_size():
