@@ -40,7 +40,7 @@ def export(
 
     Raises:
         ImportError: onnxscript isn't installed: ``pip install 'bigkern[onnx]'``.
-        NotImplementedError: attention with dropout, packed or nested sequences; training layers.
+        NotImplementedError: attention with dropout or packed sequences.
     """
     with contextlib.ExitStack() as stack:
         for module in model.modules():

@@ -8,7 +8,7 @@ from torch import nn
 
 import bigkern
 from bigkern.models import SimpleCNN, Transformer, TransformerConfig
-from bigkern.nn import Int8Conv2d, Int8Linear, MultiheadAttention
+from bigkern.nn import Int8Conv2d, Int8Linear, Int8TrainingLinear, MultiheadAttention
 from bigkern.ops import reference_int8, reference_int8_conv2d
 from bigkern.ops.reference_int8 import ACTIVATIONS
 from bigkern.testing import assert_as_accurate
@@ -102,6 +102,17 @@ def test_linear():
             activation=layer.activation, dtype=torch.float64,
         )  # fmt: skip
         assert_as_accurate(y, exact, plain)
+
+
+def test_a_layer_that_was_trained():
+    x = torch.randn(9, 64)
+    layer = Int8TrainingLinear(64, 32).eval()
+    (y,), operators = run(layer, (x[:4],), (x,), {0: Dim("rows")})
+    exact = reference_int8.int8_linear(
+        x.double(), *bigkern.quantize_rows(layer.weight), layer.bias, dtype=torch.float64
+    )
+    assert_as_accurate(y, exact, layer(x))
+    assert "MatMulInteger" in operators
 
 
 def test_linear_with_outliers_and_factors():

@@ -204,17 +204,25 @@ def _costs(models: tuple[nn.Module, nn.Module], inputs: Any, num_calls: int) -> 
     seconds: list[list[float]] = [[], []]
     for _ in range(num_calls):
         for model, mine in zip(models, seconds, strict=True):
-            tic = time.perf_counter()
-            call(model, inputs)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            mine.append(time.perf_counter() - tic)
+            mine.append(seconds_of_call(model, inputs))
     costs = []
     for model, mine in zip(models, seconds, strict=True):
+        # Twice, since of one there are no quartiles.
         first, median, third = statistics.quantiles(mine * 2, n=4, method="inclusive")
-        size = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
-        costs.append(Cost(median, (first, third), peak_bytes(model, inputs), size))
+        costs.append(Cost(median, (first, third), peak_bytes(model, inputs), size_bytes(model)))
     return costs
+
+
+def seconds_of_call(model: nn.Module, inputs: Any) -> float:
+    tic = time.perf_counter()
+    call(model, inputs)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - tic
+
+
+def size_bytes(model: nn.Module) -> int:
+    return sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
 
 
 def peak_bytes(model: nn.Module, inputs: Any) -> int | None:

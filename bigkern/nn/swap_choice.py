@@ -43,10 +43,10 @@ def chooser(
 
 def _find(option: str, filters: Filter | Iterable[Filter], names: Names) -> set[nn.Module]:
     """The modules that one of `filters` fits."""
-    if isinstance(filters, str | re.Pattern) or callable(filters):
+    if isinstance(filters, str) or callable(filters) or not isinstance(filters, Iterable):
         filters = [filters]
     found = set()
-    for wanted in filters if isinstance(filters, Iterable) else [filters]:
+    for wanted in filters:
         if not (isinstance(wanted, str | re.Pattern) or callable(wanted)):
             raise TypeError(
                 f"{option} must be names, patterns or functions of name and module, got {wanted!r}"

@@ -1,13 +1,12 @@
 """What a model costs: numbers, bytes, time."""
 
-import time
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bigkern.nn.compare import peak_bytes
+from bigkern.nn.compare import peak_bytes, seconds_of_call, size_bytes
 
 WARM_UP_CALLS = 2
 MIN_CALLS, MAX_CALLS = 10, 500
@@ -29,20 +28,12 @@ def latencies_ms(models: Sequence[nn.Module], inputs: Tensor) -> list[dict[str, 
 
     They are called in turn, so that whatever else the machine does meets them alike.
     """
-
-    def seconds(model: nn.Module) -> float:
-        start = time.perf_counter()
-        model(inputs)
-        if inputs.is_cuda:
-            torch.cuda.synchronize(inputs.device)
-        return time.perf_counter() - start
-
     for model in models:
         for _ in range(WARM_UP_CALLS):
-            seconds(model)
+            seconds_of_call(model, inputs)
     taken, total = [], 0.0
     while len(taken) < MIN_CALLS or (len(taken) < MAX_CALLS and total < SECONDS * len(models)):
-        taken.append([seconds(model) for model in models])
+        taken.append([seconds_of_call(model, inputs) for model in models])
         total += sum(taken[-1])
     return [
         {"median": 1e3 * float(np.median(times)), "p95": 1e3 * float(np.percentile(times, 95))}
@@ -56,5 +47,4 @@ def peak_memory_mib(model: nn.Module, inputs: Tensor) -> float | None:
     where that can't be told: on the CPU, elsewhere than on Linux."""
     model(inputs)
     peak = peak_bytes(model, inputs)
-    weights = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
-    return None if peak is None else (weights + peak) / 2**20
+    return None if peak is None else (size_bytes(model) + peak) / 2**20
