@@ -9,6 +9,8 @@ LINTERS := build/linters$(subst /,-,$(VENV))
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CXX_SOURCES := $(shell find csrc tests/emulator -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 PYTEST := $(BIN)/python -m pytest
+# By several processes, where pytest-xdist is; their OpenMP threads are more than the cores and mustn't spin.
+PARALLEL = $(shell $(BIN)/python -c 'import xdist' 2>/dev/null && echo -n logical --maxprocesses 8 --dist worksteal)
 SANITIZER := $(firstword $(wildcard $(CUDA_HOME)/bin/compute-sanitizer /usr/local/cuda/bin/compute-sanitizer) compute-sanitizer)
 
 .PHONY: train test test-slow lint format bench readme gpu gpu-build gpu-test gpu-sanitize gpu-bench clean
@@ -16,11 +18,12 @@ SANITIZER := $(firstword $(wildcard $(CUDA_HOME)/bin/compute-sanitizer /usr/loca
 train: $(STAMP)
 	$(BIN)/python -m bigkern train cnn
 
+test test-slow: export OMP_WAIT_POLICY = passive
 test: $(STAMP)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) $(PARALLEL) -m "not slow"
 
 test-slow: $(STAMP)
-	$(PYTEST) -m slow
+	$(PYTEST) $(PARALLEL) -m slow
 
 lint: $(LINTERS)
 	$(BIN)/ruff check .

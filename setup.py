@@ -95,5 +95,9 @@ setup(
     package_data={"bigkern.train": ["*.npz"], "bigkern.kernels.tuning": ["*.json"]},
     ext_modules=extensions,
     cmdclass={"build_ext": BuildExtension},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    # An editable build would have no objects left for the next one.
+    options={
+        "bdist_wheel": {"py_limited_api": "cp310"},
+        "build_ext": {"build_temp": "build/objects"},
+    },
 )

@@ -38,7 +38,7 @@ def _seed():
 def pytest_generate_tests(metafunc):
     """Tests that take a device, and don't say which, run over DEVICES of their module."""
     marks = metafunc.definition.iter_markers("parametrize")
-    if "device" in metafunc.fixturenames and all(mark.args[0] != "device" for mark in marks):
+    if "device" in metafunc.fixturenames and all("device" not in mark.args[0] for mark in marks):
         devices = getattr(metafunc.module, "DEVICES", ["cpu", "cuda"])
         if metafunc.definition.get_closest_marker("one_architecture"):
             devices = [d for d in devices if d != "triton sm_90"]

@@ -49,9 +49,7 @@ extern "C" __global__ void case_{number}(const {kind}* old, const {kind}* value,
 
 @pytest.fixture(scope="module")
 def kernels():
-    path = build.CACHE / "cluster_instructions.cu"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(source())
+    path = build.keep_source("cluster_instructions.cu", source())
     run = Kernels("cluster_instructions", path, architectures=["90a"])
     run.controls.find_races(True)
     return run

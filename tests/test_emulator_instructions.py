@@ -33,10 +33,7 @@ def source() -> str:
 
 @pytest.fixture(scope="module")
 def kernels():
-    path = build.CACHE / "instructions.cu"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(source())
-    return Kernels("instructions", path)
+    return Kernels("instructions", build.keep_source("instructions.cu", source()))
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: CASES[n].text)

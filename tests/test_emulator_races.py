@@ -4,11 +4,16 @@ import re
 
 import pytest
 import torch
+from attention_helpers import Case, raw_ops
 from emulator import build, ops
 from emulator_helpers import Kernels
 from helpers import OPTIONS, Problem
 
+import bigkern
+from bigkern import backends
 from bigkern.ops import adam_, grad_norm
+
+FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 
 X = torch.randint(-100, 100, (128,), dtype=torch.int32)
 
@@ -112,12 +117,61 @@ def test_no_schedule_shows_it(races, kernel, schedule):
         races.controls.find_races(True)
 
 
-def test_the_ops_have_no_races(emulated_ops):
-    problem = Problem(torch.bfloat16, shapes=[(1,), (5000,), (0,), (127,)])
-    emulated_ops.find_races(True)
+def test_equal_writes_can_be_allowed(races):
+    def write_one_byte_twice(x):
+        races("bytes", x, torch.zeros(64, dtype=torch.int8), 1, block=(64, 1, 1))
+
+    equal, different = torch.ones(64, dtype=torch.int8), torch.arange(64, dtype=torch.int8)
+    with pytest.raises(RuntimeError, match=r"^race: .* writes .* has written"):
+        write_one_byte_twice(equal)
+    races.controls.find_races(True, allow_equal_writes=True)
     try:
-        with ops.backend():
-            adam_(*problem.lists(), **OPTIONS)
-            grad_norm(problem.grads)
+        write_one_byte_twice(equal)
+        with pytest.raises(RuntimeError, match=r"^race: .* writes .* has written"):
+            write_one_byte_twice(different)
     finally:
-        emulated_ops.find_races(False)
+        races.controls.find_races(True)
+
+
+@pytest.fixture
+def racing(emulated_ops):
+    """Ops are run by kernels whose races are errors."""
+    emulated_ops.find_races(True)
+    with ops.backend():
+        yield
+    emulated_ops.find_races(False)
+
+
+@pytest.mark.usefixtures("racing")
+def test_adam_has_no_races():
+    problem = Problem(torch.bfloat16, shapes=[(1,), (5000,), (0,), (127,)])
+    adam_(*problem.lists(), **OPTIONS)
+    grad_norm(problem.grads)
+
+
+EXTRAS = {"mask": "float32", "alibi": "BH", "softcap": 2.0, "dropout": 0.3}
+ATTENTION = {
+    "causal": Case(BRAIN, 2, 4, 2, 140, 150, 16, 16, causal=True),
+    "wide": Case(HALF, 1, 2, 2, 70, 90, 128, 128, causal=True),
+    "extras": Case(BRAIN, 3, 4, 2, 70, 90, 64, 64, seqlens=True, window=(60, 9), **EXTRAS),
+    "decoding": Case(BRAIN, 2, 8, 2, 1, 1100, 64, 64),
+    "float32": Case(FLOAT, 2, 2, 1, 70, 90, 24, 16, window=(40, 0)),
+}
+
+
+@pytest.mark.usefixtures("racing")
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_has_no_races(name):
+    case = ATTENTION[name]
+    raw_ops(backends.select("attention", "cpu"), case, case.inputs(), case.tensors())
+
+
+@pytest.mark.usefixtures("racing")
+@pytest.mark.parametrize("is_row_major", [False, True])
+@pytest.mark.parametrize(("M", "N", "K"), [(130, 130, 200), (1, 64, 512), (33, 80, 1100)])
+def test_int8_has_no_races(M, N, K, is_row_major):
+    a, weight = torch.randint(-128, 128, (M, K)).char(), torch.randint(-128, 128, (N, K)).char()
+    bigkern.int8_mm(a, weight.T.contiguous() if is_row_major else weight.T)
+    x, scale, bias = torch.randn(M, K), torch.rand(N), torch.randn(N)
+    bigkern.int8_linear(x, weight, scale, bias)
+    bigkern.weight_only_linear(x, weight, scale, bias)

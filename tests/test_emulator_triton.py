@@ -35,9 +35,7 @@ def compiled(function, arch, kinds, aligned):
     target = GPUTarget("cuda", arch, 32)
     kernel = triton.compile(source, target=target, options={"num_warps": 4, "num_stages": 2})
     name = "_".join(["triton", function.__name__, str(arch), *re.findall(r"\w+", kinds[0])])
-    path = build.CACHE / f"{name}.ptx"
-    path.write_text(kernel.asm["ptx"])
-    return kernel, Kernels(name, ptx=[path])
+    return kernel, Kernels(name, ptx=[build.keep_source(f"{name}.ptx", kernel.asm["ptx"])])
 
 
 def operands(dtype, M, N, K):

@@ -93,10 +93,8 @@ extern "C" __global__ void product_{number}(
 
 @pytest.fixture(scope="module")
 def products():
-    path = build.CACHE / "products.cu"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(source().replace('"products.cuh"', f'"{KERNELS}/products.cuh"'))
-    return Kernels("products", path, architectures=["90a"])
+    text = source().replace('"products.cuh"', f'"{KERNELS}/products.cuh"')
+    return Kernels("products", build.keep_source("products.cu", text), architectures=["90a"])
 
 
 # ---- Layouts, as the PTX ISA draws them ----

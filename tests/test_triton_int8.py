@@ -30,7 +30,6 @@ def test_large_tiles_are_exact(architecture, layout, triton_driver):
         with tuning.tried("int8_mm", config):
             driver.find_races(True)
             assert torch.equal(bigkern.int8_mm(a, b), reference.int8_mm(a, b))
-            driver.find_races(False)  # Triton's reductions store a value by several threads
             if layout == "columns":
                 options = {"bias": torch.randn(N), "activation": "gelu"}
                 y = bigkern.int8_linear(x, b.T, scale, **options)

@@ -115,6 +115,7 @@ class Driver(DriverBase):
         self._schedule = order, seed
 
     def find_races(self, yes: bool) -> None:
+        """Where several threads hold the same element, Triton lets each of them write it."""
         self._finds_races = yes
 
     def take_launches(self) -> list[dict]:
@@ -164,7 +165,7 @@ class Driver(DriverBase):
         arguments: list[bytes],
     ) -> None:  # fmt: skip
         controls.set_schedule(*self._schedule)
-        controls.find_races(self._finds_races)
+        controls.find_races(self._finds_races, allow_equal_writes=True)
         controls.set_device(MODELS[self.architecture])
         known = [*self.known.values()]
         for memory in known:
@@ -289,9 +290,7 @@ def _program(name: str, ptx: str) -> ModuleType:
     """The emulator's controls of a PTX."""
     digest = hashlib.sha256(ptx.encode()).hexdigest()[:16]
     if digest not in _loaded:
-        path = build.CACHE / f"triton_{name}_{digest}.ptx"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(ptx)
+        path = build.keep_source(f"triton_{name}_{digest}.ptx", ptx)
         _loaded[digest] = build.load(path.stem, build.Sources(ptx=[path]))
     return _loaded[digest]
 

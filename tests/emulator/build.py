@@ -4,7 +4,8 @@
          `-------> x.host.o                                         +--> x.so
                                         runtime/*.cpp --g++--> *.o /
 
-What was built is kept in build/emulator, by the content of everything that went into it.
+What was built is kept in build/emulator, by the content of everything that went into it; processes
+that want the same wait for the one that builds it.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.machinery import ExtensionFileLoader
@@ -24,10 +26,12 @@ from typing import NamedTuple
 
 import torch
 from cuda_compiler import ROOT, nvcc_command
+from filelock import FileLock
 
 from emulator.translate import translate
 
 CACHE = ROOT / "build/emulator"
+SECONDS_KEPT = 24 * 3600  # of what the same name had before: other processes may use it
 HERE = Path(__file__).parent
 RUNTIME = HERE / "runtime"
 RUNTIME_FILES = sorted(RUNTIME.iterdir())
@@ -77,6 +81,16 @@ def load(name: str, sources: Sources) -> ModuleType:
     return module
 
 
+def keep_source(name: str, text: str) -> Path:
+    """A generated file, of which no other process sees a part."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    path = CACHE / name
+    with tempfile.NamedTemporaryFile("w", dir=CACHE, delete=False) as file:
+        file.write(text)
+    os.replace(file.name, path)
+    return path
+
+
 def _with_headers(files: Iterable[Path]) -> list[Path]:
     """And what they include with quotes, one through the other."""
     found, waiting = [], [file.resolve() for file in files]
@@ -101,15 +115,20 @@ def _cached(
     for file in (ROOT / "setup.py", Path(__file__), *_with_headers(inputs)):
         digest.update(f"{file.name} {file.stat().st_size}\n".encode() + file.read_bytes())
     path = CACHE / f"{name}-{digest.hexdigest()[:16]}{suffix}"
-    if not path.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        old = list(CACHE.glob(f"{name}-{'?' * 16}{suffix}"))
+    if path.exists():
+        return path
+    locks = CACHE / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with FileLock(locks / f"{name}{suffix}"):
+        if path.exists():
+            return path
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
             made = Path(folder) / path.name
             make(made)
             os.replace(made, path)
-        for file in old:
-            file.unlink(missing_ok=True)
+        for file in CACHE.glob(f"{name}-{'?' * 16}{suffix}"):
+            if file.stat().st_mtime < time.time() - SECONDS_KEPT:
+                file.unlink(missing_ok=True)
     return path
 
 

@@ -115,7 +115,13 @@ PYBIND11_MODULE(emulated, m) {
   m.def("set_device", &set_device_model);
   m.def("count_conflicts", [](bool yes) { set_watch(kConflicts, yes); });
   m.def("count_sectors", [](bool yes) { set_watch(kSectors, yes); });
-  m.def("find_races", [](bool yes) { set_watch(kRaces, yes); });
+  m.def(
+      "find_races",
+      [](bool yes, bool allow_equal_writes) {
+        set_watch(kRaces, yes);
+        settings.allows_equal_writes = allow_equal_writes;
+      },
+      py::arg("yes"), py::arg("allow_equal_writes") = false);
   m.def("take_launches", &take_launches, "What was launched since the last call, with statistics.");
   m.def("add_buffer", [](uintptr_t begin, size_t bytes, const std::string& name) {
     add_buffer(reinterpret_cast<void*>(begin), bytes, name);

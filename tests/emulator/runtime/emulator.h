@@ -120,6 +120,7 @@ struct Settings {
   Order order = Order::ascending;
   uint64_t seed = 0;
   uint8_t watches = 0;
+  bool allows_equal_writes = false;
 };
 
 extern Settings settings;

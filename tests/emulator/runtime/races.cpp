@@ -4,11 +4,15 @@
 // ThreadSanitizer build would see less: it knows one address of shared memory for all blocks, takes each atomic for
 // acquire and release, has four cells for a word, and can't name a CUDA thread.
 //
-// Fences order for everybody, whatever their scope. Several lanes that write the same bytes at once are a race.
+// Fences order for everybody, whatever their scope. Several threads that write the same bytes are a race, unless equal
+// writes are allowed: then those of one instruction, which change nothing, are none.
 #include "races.h"
 
 #include <algorithm>
+#include <cstring>
+#include <optional>
 #include <unordered_map>
+#include <utility>
 
 #include "clusters.h"
 #include "scheduler.h"
@@ -41,6 +45,15 @@ uint32_t copy_unit;  // the thread after the last
 std::vector<ThreadClock> clocks;
 std::vector<Word> shared_words;
 std::unordered_map<uint64_t, Word> global_words;
+// A write that is no race if it changes nothing, which shows when the next access comes.
+struct EqualWrite {
+  const unsigned char* at;
+  std::vector<unsigned char> bytes;
+  Access own, other;
+  bool is_shared;
+  uint64_t address;
+};
+std::optional<EqualWrite> equal_write;
 // By an address that atomics touch.
 std::unordered_map<uint64_t, Clock> published_in_shared, published_in_global;
 
@@ -80,6 +93,13 @@ std::string describe_memory(bool is_shared, uint64_t address) {
        describe_memory(is_shared, address).c_str(), describe(other).c_str(), other.writes ? "has written" : "has read");
 }
 
+void settle_equal_write() {
+  if (!equal_write) return;
+  const EqualWrite write = *std::exchange(equal_write, {});
+  if (memcmp(write.at, write.bytes.data(), write.bytes.size()) == 0) return;
+  fail_raced(*write.own.site, write.own.writes, write.other, write.is_shared, write.address);
+}
+
 template <class F>
 void for_each_word(bool is_shared, uint64_t address, uint32_t bytes, const F& f) {
   for (uint64_t word = address / kWordBytes; word * kWordBytes < address + bytes; ++word) {
@@ -94,12 +114,24 @@ void for_each_word(bool is_shared, uint64_t address, uint32_t bytes, const F& f)
 
 // `access` has all but the bytes.
 void add_access(const Access& access, bool is_shared, uint64_t address, uint32_t bytes) {
+  settle_equal_write();
   const ThreadClock& me = clocks[current->number];
+  const auto begin_equal_write = [&](const Access& other) {
+    const bool can_be = settings.allows_equal_writes && access.site == other.site && access.writes &&
+                        access.count != kOnItsWay && other.count != kOnItsWay;
+    if (!can_be) return false;
+    const unsigned char* at = is_shared ? cluster.smem + address : reinterpret_cast<unsigned char*>(address);
+    equal_write = {at, {at, at + bytes}, access, other, is_shared, address};
+    return true;
+  };
   for_each_word(is_shared, address, bytes, [&](Word& word, uint8_t mask) {
     for (const Access& a : word) {
       const bool conflicts = (a.bytes & mask) && (access.writes || a.writes) && !(access.is_atomic && a.is_atomic);
       if (!conflicts) continue;
-      if (!is_before_now(a, me)) fail_raced(*access.site, access.writes, a, is_shared, address);
+      if (!is_before_now(a, me)) {
+        if (begin_equal_write(a)) continue;
+        fail_raced(*access.site, access.writes, a, is_shared, address);
+      }
       const bool changes_proxy = a.by != By::async_proxy && access.by == By::async_proxy;
       if (a.writes && changes_proxy && !is_in(a, me.now.fenced)) {
         fail("%s at %s: no fence.proxy.async since %s at %s wrote %s", access.site->what, access.site->source,
@@ -135,6 +167,7 @@ void Clock::join(const Clock& other) {
 }
 
 void begin_race_launch() {
+  equal_write.reset();  // of a launch that failed
   global_words.clear();
   published_in_global.clear();
 }
@@ -152,6 +185,8 @@ void begin_race_cluster(uint64_t number, uint32_t threads) {
     clocks[i].counts = counts.data();
   }
 }
+
+void end_race_cluster() { settle_equal_write(); }
 
 // A block's shared memory is there for as long as it has threads.
 void end_race_block() {

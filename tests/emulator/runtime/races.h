@@ -19,6 +19,7 @@ struct Clock {
 
 void begin_race_launch();
 void begin_race_cluster(uint64_t number, uint32_t threads);
+void end_race_cluster();
 void end_race_block();  // by its last thread: what others do with its shared memory must be known to be over
 
 void release(uint32_t thread, Clock& to);  // all that it has done so far

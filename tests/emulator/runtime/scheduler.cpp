@@ -221,6 +221,7 @@ void run_cluster(uint64_t number) {
   finish_profile();
   if (!failure.empty()) throw Error(std::exchange(failure, {}));
   finish_async();
+  if (settings.watches & kRaces) end_race_cluster();
 }
 
 std::vector<uint64_t> order_of_clusters(uint64_t n) {
