@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CXX_SOURCES := $(shell find csrc tests/emulator -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 PYTEST := $(BIN)/python -m pytest
 # By several processes, where pytest-xdist is; their OpenMP threads are more than the cores and mustn't spin.
-PARALLEL = $(shell $(BIN)/python -c 'import xdist' 2>/dev/null && echo -n logical --maxprocesses 8 --dist worksteal)
+PARALLEL = $(shell $(BIN)/python -c 'import xdist' 2>/dev/null && echo '--numprocesses logical --maxprocesses 8 --dist worksteal')
 SANITIZER := $(firstword $(wildcard $(CUDA_HOME)/bin/compute-sanitizer /usr/local/cuda/bin/compute-sanitizer) compute-sanitizer)
 
 .PHONY: train test test-slow lint format bench readme gpu gpu-build gpu-test gpu-sanitize gpu-bench clean
