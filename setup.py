@@ -58,6 +58,15 @@ if with_cuda:
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
 
+
+class Build(BuildExtension):
+    """Keeps the objects, those of an editable build too: the next one compiles what has changed."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.build_temp = "build/objects"
+
+
 headers = glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True)
 flags = ["-O3", "-std=c++17", STABLE_ABI]
 quiet = "-Wno-maybe-uninitialized"  # GCC 12 warns of its own AVX-512 headers
@@ -94,10 +103,6 @@ setup(
     package_dir={"bigkern": "bigkern", "bigkern.kernels": "kernels"},
     package_data={"bigkern.train": ["*.npz"], "bigkern.kernels.tuning": ["*.json"]},
     ext_modules=extensions,
-    cmdclass={"build_ext": BuildExtension},
-    # An editable build would have no objects left for the next one.
-    options={
-        "bdist_wheel": {"py_limited_api": "cp310"},
-        "build_ext": {"build_temp": "build/objects"},
-    },
+    cmdclass={"build_ext": Build},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from bigkern.kernels import tuning
+from filelock import FileLock
 
 from bigkern import info, libraries, triton_ops
 
@@ -121,17 +122,9 @@ def test_info_tells_which_gpus_are_too_old_and_whose_tile_sizes_they_have(monkey
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
-    run(
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-build-isolation",
-        "--no-deps",
-        "-w",
-        folder,
-        ROOT,
-    )
+    options = ("--no-build-isolation", "--no-deps", "-w", folder)
+    with FileLock(ROOT / "build/wheel.lock"):  # processes share the objects
+        run(sys.executable, "-m", "pip", "wheel", *options, ROOT)
     (path,) = folder.glob("*.whl")
     return path
 

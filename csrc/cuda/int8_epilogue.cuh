@@ -111,7 +111,11 @@ __device__ inline void finish(const Int8Epilogue& p, int64_t offset, int64_t col
   float y[kColumns];
 #pragma unroll
   for (int c = 0; c < kColumns; ++c) {
-    y[c] = activate(fmaf(__int2float_rn(sums[c]), row_scale * f.scale[c], f.bias[c]), p.activation);
+    y[c] = fmaf(__int2float_rn(sums[c]), row_scale * f.scale[c], f.bias[c]);
+  }
+  if (p.activation != Activation::kNone) {  // one branch where there is none, instead of several a column
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) y[c] = activate(y[c], p.activation);
   }
   switch (p.dtype) {
     case ScalarType::Half: return store_columns<Half>(p, offset, columns_left, y);

@@ -192,27 +192,77 @@ __device__ void write_slice(int32_t* slice, const int32_t (&sums)[Tile::WARP_N /
   }
 }
 
-// Writes 16 rows of a warp's sums, [16, WARP_N] from row i and column j on, to the output.
+// The scales of a warp's rows, a lane each, read at once: a load for each row would be waited for each time.
+template <int WARP_M>
+class RowScales {
+ public:
+  __device__ RowScales(const Int8Epilogue& p, int64_t i_begin, int64_t rows) {
+    const OutputRows row_of(p, i_begin);
+#pragma unroll
+    for (int n = 0; n < kRegs; ++n) {
+      const int row = 32 * n + threadIdx.x % 32;
+      scale_[n] = i_begin + row < rows ? row_of(p, row).scale : 0.0f;
+    }
+  }
+
+  // By all lanes.
+  __device__ float operator()(int row) const {
+    float scale = 0.0f;
+#pragma unroll
+    for (int n = 0; n < kRegs; ++n) {
+      const float s = __shfl_sync(~0u, scale_[n], row % 32);
+      if (row / 32 == n) scale = s;
+    }
+    return scale;
+  }
+
+ private:
+  static constexpr int kRegs = ceil_div(WARP_M, 32);
+  float scale_[kRegs];
+};
+
+// A warp's rows, WARP_M from `i` on, and columns, in the output.
+struct WarpPlace {
+  int64_t i, rows, j, cols;
+  int64_t first_factor;  // of the batch's entry
+  bool is_transposed;    // rows are adjacent in the output
+
+  // Of the lane's first column, and its first row of a slice.
+  template <class Tile>
+  __device__ int column() const {
+    const int lane = threadIdx.x % 32;
+    return (is_transposed ? lane / 16 : lane % (Tile::WARP_N / kColumns)) * kColumns;
+  }
+
+  template <class Tile>
+  __device__ int row() const {
+    const int lane = threadIdx.x % 32;
+    return is_transposed ? lane % 16 : lane / (Tile::WARP_N / kColumns);
+  }
+
+  __device__ ColumnFactors factors(const Int8Epilogue& p, int column) const {
+    return load_factors(p, first_factor + j + column, cols - j - column);
+  }
+};
+
+// Writes 16 rows of a warp's sums, from row 16 n of it on, to the output. `factors` are those of the first column.
 template <class Tile, bool kRowMajorB>
-__device__ void finish_slice(const Int8Epilogue& p, const int32_t* slice, int64_t i_begin, int64_t rows,
-                             int64_t j_begin, int64_t cols, int64_t first_factor, bool is_transposed) {
-  constexpr int kLanesOfRow = Tile::WARP_N / kColumns;
-  const int lane = threadIdx.x % 32;
-  const OutputRows row_of(p, i_begin);
-  int row = lane / kLanesOfRow, column = lane % kLanesOfRow * kColumns;
-  if (is_transposed) row = lane % 16, column = lane / 16 * kColumns;
-  ColumnFactors factors = load_factors(p, first_factor + j_begin + column, cols - j_begin - column);
+__device__ void finish_slice(const Int8Epilogue& p, const int32_t* slice, int n, const WarpPlace& place,
+                             const RowScales<Tile::WARP_M>& scale_of, ColumnFactors factors) {
+  constexpr int kRowsAtOnce = 32 * kColumns / Tile::WARP_N;
+  const OutputRows row_of(p, place.i + 16 * n);
+  int row = place.row<Tile>(), column = place.column<Tile>();
 #pragma unroll 1
-  for (int n = 0; n < 16 / (32 / kLanesOfRow); ++n) {
-    const int64_t columns_left = cols - j_begin - column;
-    if (n > 0 && is_transposed) factors = load_factors(p, first_factor + j_begin + column, columns_left);
-    if (i_begin + row < rows && columns_left > 0) {
-      const OutputRow place = row_of(p, row);
+  for (int step = 0; step < 16 / kRowsAtOnce; ++step) {
+    const int64_t columns_left = place.cols - place.j - column;
+    if (step > 0 && place.is_transposed) factors = place.factors(p, column);
+    const float scale = scale_of(16 * n + row);
+    if (place.i + 16 * n + row < place.rows && columns_left > 0) {
       const int4 v = *reinterpret_cast<const int4*>(slice + row * Slice<Tile, kRowMajorB>::kPitch + column);
       const int32_t sums[kColumns] = {v.x, v.y, v.z, v.w};
-      finish(p, place.offset + (j_begin + column) * p.col, columns_left, place.scale, factors, sums);
+      finish(p, row_of(p, row).offset + (place.j + column) * p.col, columns_left, scale, factors, sums);
     }
-    is_transposed ? column += 2 * kColumns : row += 32 / kLanesOfRow;
+    place.is_transposed ? column += 2 * kColumns : row += kRowsAtOnce;
   }
 }
 
@@ -319,6 +369,9 @@ __global__ void __launch_bounds__(Tile::kThreads)
   int32_t* const slice = reinterpret_cast<int32_t*>(smem) + warp * Slice<Tile, kRowMajorB>::kWords;
   Int8Epilogue out = p.epilogue;
   out.out = static_cast<char*>(out.out) + batch_and_split * out.batch * element_size(out.dtype);
+  const WarpPlace place{tile.row + warp_row, p.rows, tile.col + warp_col, p.cols, batch * p.cols, out.col != 1};
+  const RowScales<Tile::WARP_M> scale_of(out, place.i, p.rows);
+  const ColumnFactors factors = place.factors(out, place.column<Tile>());
 #pragma unroll 1
   for (int n = 0; n < Tile::WARP_M / 16; ++n) {  // not unrolled: what finishes a slice is long
     __syncwarp();
@@ -327,8 +380,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
       if (i == n) write_slice<Tile, kRowMajorB>(slice, sums[i]);
     }
     __syncwarp();
-    finish_slice<Tile, kRowMajorB>(out, slice, tile.row + warp_row + 16 * n, p.rows, tile.col + warp_col, p.cols,
-                                   batch * p.cols, out.col != 1);
+    finish_slice<Tile, kRowMajorB>(out, slice, n, place, scale_of, factors);
   }
 }
 

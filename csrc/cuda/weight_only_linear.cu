@@ -42,10 +42,16 @@ __device__ inline void load_weights(float (&w)[kWeights], const int8_t* row, int
   for (int n = 0; n < kWeights; ++n) w[n] = k + n < depth ? static_cast<float>(row[k + n]) : 0.0f;
 }
 
-// Weights k, ... times the scales of their groups.
-__device__ inline void scale_groups(float (&w)[kWeights], const float* scale, int64_t k, const WeightOnlyCall& call) {
-  int64_t group = k / call.group_size, end = (group + 1) * call.group_size;
+// Weights k, ... times the scales of their groups, of which the first is `group`.
+__device__ inline void scale_groups(float (&w)[kWeights], const float* scale, int64_t k, int64_t group,
+                                    const WeightOnlyCall& call) {
+  int64_t end = (group + 1) * call.group_size;
   float s = scale[group];
+  if (k + kWeights <= end) {
+#pragma unroll
+    for (int n = 0; n < kWeights; ++n) w[n] *= s;
+    return;
+  }
 #pragma unroll
   for (int n = 0; n < kWeights; ++n) {
     if (k + n == end && end < call.K) s = scale[++group], end += call.group_size;
@@ -70,10 +76,11 @@ __global__ void __launch_bounds__(kThreads) weight_only_kernel(const __grid_cons
   float sums[kRows][kCols] = {};
   for (int64_t k = threadIdx.x * kWeights; k < call.K; k += kThreads * kWeights) {
     float w[kCols][kWeights];
+    const int64_t group = p.is_grouped ? k / call.group_size : 0;
 #pragma unroll
     for (int c = 0; c < kCols; ++c) {
       load_weights(w[c], p.weight + column[c] * p.weight_row, k, call.K, p.weight_is_aligned);
-      if (p.is_grouped) scale_groups(w[c], p.weight_scale + column[c] * call.num_groups, k, call);
+      if (p.is_grouped) scale_groups(w[c], p.weight_scale + column[c] * call.num_groups, k, group, call);
     }
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
