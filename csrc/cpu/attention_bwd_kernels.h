@@ -18,8 +18,6 @@ class AttentionBackwardTile {
         v_depth(kPairs ? problem.value_dim / 2 : problem.value_dim),
         k_t(workspace.take<Scalar>(kBlockKV * q_depth)),
         v_t(workspace.take<Scalar>(kBlockKV * v_depth)),
-        q(workspace.take<Scalar>(kBackwardBlockQ * q_row)),
-        grad_out(workspace.take<Scalar>(kBackwardBlockQ * v_row)),
         p(workspace.take<Scalar>(kBackwardBlockQ * kScoresRow)),
         ds(workspace.take<Scalar>(kBackwardBlockQ * kScoresRow)),
         slope_(workspace.take<Scalar>(kBlockKV)) {}
@@ -30,7 +28,7 @@ class AttentionBackwardTile {
     pack_transposed<V>(operand<kPairs>(tile.values(tile.j_begin)), tile.num_cols, v_depth, v_t);
   }
 
-  // Q, dO  [num_rows, depth in whole registers].
+  // Q, dO  [num_rows, depth in whole registers], where `q` and `grad_out` point to.
   BK_TARGET void pack_queries(const AttentionTile<V, T>& tile, const AnyStrided& grad_out_rows) {
     const AttentionProblem& problem = tile.problem;
     for (int64_t r = 0; r < tile.num_rows; ++r) {
@@ -94,7 +92,8 @@ class AttentionBackwardTile {
 
   const int64_t q_row, v_row;      // head_dim, value_dim in whole registers
   const int64_t q_depth, v_depth;  // in elements of a product
-  Scalar *const k_t, *const v_t, *const q, *const grad_out, *const p, *const ds;
+  Scalar *const k_t, *const v_t, *const p, *const ds;
+  Scalar *q = nullptr, *grad_out = nullptr;
 
  private:
   // Rows of Q or dO as the left operand: packed, or where they lie.
@@ -119,7 +118,16 @@ class AttentionBackward {
 
  private:
   AttentionBackward(const AttentionBackwardProblem& backward, const AttentionBackwardUnit& unit, Workspace& workspace)
-      : backward_(backward), problem_(*backward.forward), unit_(unit), tile_(problem_, workspace) {
+      : backward_(backward),
+        problem_(*backward.forward),
+        unit_(unit),
+        num_queries_(unit.i_end - unit.i_begin),
+        packs_once_(unit.j_end - unit.j_begin > kBlockKV),
+        tile_(problem_, workspace) {
+    Workspace& of_queries = packs_once_ ? all_queries_ : workspace;
+    const int64_t num_rows = packs_once_ ? unit.num_heads * num_queries_ : kBackwardBlockQ;
+    q_ = of_queries.take<Scalar>(num_rows * tile_.q_row);
+    grad_out_ = of_queries.take<Scalar>(num_rows * tile_.v_row);
     k_ = workspace.take<Scalar>(kBlockKV * tile_.q_row);
     if (!unit.owns_keys) return;
     grad_k_ = workspace.take<Scalar>(kBlockKV * tile_.q_row);
@@ -127,9 +135,9 @@ class AttentionBackward {
   }
 
   BK_TARGET void run() {
-    Scalar* grad_q = static_cast<Scalar*>(unit_.grad_query);  // [num_heads, i_end - i_begin, q_row]
-    const int64_t num_queries = unit_.i_end - unit_.i_begin;
-    if (unit_.owns_queries) std::fill_n(grad_q, unit_.num_heads * num_queries * tile_.q_row, Scalar(0));
+    Scalar* grad_q = static_cast<Scalar*>(unit_.grad_query);  // [num_heads, num_queries_, q_row]
+    if (unit_.owns_queries) std::fill_n(grad_q, unit_.num_heads * num_queries_ * tile_.q_row, Scalar(0));
+    if (packs_once_) pack_all_queries();
     for (int64_t j = unit_.j_begin; j < unit_.j_end; j += kBlockKV) {
       if (unit_.owns_keys) {
         std::fill_n(grad_k_, kBlockKV * tile_.q_row, Scalar(0));
@@ -138,24 +146,45 @@ class AttentionBackward {
       bool is_packed = false;
       for (int64_t h = 0; h < unit_.num_heads; ++h) {
         for (int64_t i = unit_.i_begin; i < unit_.i_end; i += kBackwardBlockQ) {
-          Tile tile(problem_, unit_.b, unit_.h_begin + h, 1, i, std::min(kBackwardBlockQ, unit_.i_end - i));
+          Tile tile = tile_of(h, i);
           if (!tile.move_to(j)) continue;
           if (!is_packed) {
             tile_.pack_keys(tile);
             if (unit_.owns_queries) pack<V>(tile.keys(j), tile.num_cols, problem_.head_dim, k_, tile_.q_row);
             is_packed = true;
           }
-          tile_.pack_queries(tile, backward_.grad_out);
+          point_to(h, i);
+          if (!packs_once_) tile_.pack_queries(tile, backward_.grad_out);
           tile_.template run<false>(tile, backward_);
           if (unit_.owns_keys) add_to_keys(tile);
-          if (unit_.owns_queries) {
-            add_to_queries(tile, grad_q + (h * num_queries + i - unit_.i_begin) * tile_.q_row);
-          }
+          if (unit_.owns_queries) add_to_queries(tile, grad_q + row_of(h, i) * tile_.q_row);
         }
       }
       if (unit_.owns_keys) store_keys(j);
     }
     if (unit_.owns_queries) store_queries(grad_q);
+  }
+
+  // Those of the unit, where several blocks of keys meet them: rows that lie far apart are read slowly.
+  BK_TARGET void pack_all_queries() {
+    for (int64_t h = 0; h < unit_.num_heads; ++h) {
+      for (int64_t i = unit_.i_begin; i < unit_.i_end; i += kBackwardBlockQ) {
+        point_to(h, i);
+        tile_.pack_queries(tile_of(h, i), backward_.grad_out);
+      }
+    }
+  }
+
+  Tile tile_of(int64_t h, int64_t i) const {
+    return Tile(problem_, unit_.b, unit_.h_begin + h, 1, i, std::min(kBackwardBlockQ, unit_.i_end - i));
+  }
+
+  int64_t row_of(int64_t h, int64_t i) const { return h * num_queries_ + i - unit_.i_begin; }
+
+  void point_to(int64_t h, int64_t i) {
+    const int64_t row = packs_once_ ? row_of(h, i) : 0;
+    tile_.q = q_ + row * tile_.q_row;
+    tile_.grad_out = grad_out_ + row * tile_.v_row;
   }
 
   // dV += P^T @ dO  [num_cols, value_dim],  dK += dS^T @ Q  [num_cols, head_dim]
@@ -195,9 +224,8 @@ class AttentionBackward {
   }
 
   BK_TARGET void store_queries(Scalar* grad_q) {
-    const int64_t num_queries = unit_.i_end - unit_.i_begin;
     for (int64_t h = 0; h < unit_.num_heads; ++h) {
-      for (int64_t i = 0; i < num_queries; ++i, grad_q += tile_.q_row) {
+      for (int64_t i = 0; i < num_queries_; ++i, grad_q += tile_.q_row) {
         const int64_t row = problem_.sequence(unit_.b).q_begin + unit_.i_begin + i;
         scale_row<V>(grad_q, tile_.q_row, Scalar(problem_.scale));
         store_row<V>(grad_q, problem_.head_dim, backward_.grad_query.as<T>().at(unit_.b, unit_.h_begin + h, row));
@@ -208,7 +236,11 @@ class AttentionBackward {
   const AttentionBackwardProblem& backward_;
   const AttentionProblem& problem_;
   const AttentionBackwardUnit& unit_;
+  const int64_t num_queries_;  // of a head
+  const bool packs_once_;
   AttentionBackwardTile<V, T, kPairs> tile_;
+  Workspace all_queries_;  // for the time of the unit: they may be many
+  Scalar *q_, *grad_out_;  // packed: of all of the unit's queries, or of a tile
   Scalar *k_, *grad_k_ = nullptr, *grad_v_ = nullptr;
 };
 
@@ -249,6 +281,8 @@ class AttentionMaskGrad {
  private:
   AttentionMaskGrad(const AttentionBackwardProblem& backward, const AttentionMaskUnit& unit, Workspace& workspace)
       : backward_(backward), problem_(*backward.forward), unit_(unit), tile_(problem_, workspace) {
+    tile_.q = workspace.take<Scalar>(kBackwardBlockQ * tile_.q_row);
+    tile_.grad_out = workspace.take<Scalar>(kBackwardBlockQ * tile_.v_row);
     sum_ = workspace.take<double>(kBackwardBlockQ * kBlockKV);
   }
 
