@@ -1,5 +1,6 @@
 """Generation: 256 tokens from a prompt of 512 by the Transformer of 6 blocks with 8 heads of 64,
-with bigkern's attention to the key-value cache and with torch's SDPA to the same cache.
+with bigkern's attention to the key-value cache, also with its INT8 layers, and with torch's SDPA to
+the same cache.
 
 python benchmarks/bench_generate.py [--device cuda] [--save]
 """
@@ -10,9 +11,11 @@ import pytest
 import torch
 from common import alternate, main, skip_slow_bfloat16, skip_without_kernels
 
+import bigkern
 from bigkern.models import Transformer, TransformerConfig
 
 PROMPT, NEW = 512, 256
+INT8_MODES = {"bigkern, INT8 weights": "weight_only", "bigkern, INT8": "dynamic"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -24,9 +27,12 @@ def test_generate(benchmark, device, batch_size, dtype):
         skip_slow_bfloat16(device)
     prompt = torch.randint(256, (batch_size, PROMPT))
     contenders = {}
-    for name in ("bigkern", "torch"):
+    for name in ("bigkern", *INT8_MODES, "torch"):
         torch.manual_seed(0)
-        model = Transformer(TransformerConfig(attention=name)).to(device, DTYPES[dtype])
+        config = TransformerConfig(attention="torch" if name == "torch" else "bigkern")
+        model = Transformer(config).to(device, DTYPES[dtype])
+        if name in INT8_MODES:
+            bigkern.swap(model, linear="int8", mode=INT8_MODES[name])
         contenders[name] = lambda model=model: model.generate(prompt, NEW, temperature=0)
     alternate(benchmark, contenders, device, rounds=5)
     benchmark.extra_info |= {"batch_size": batch_size, "dtype": dtype}
