@@ -9,6 +9,7 @@ from bigkern.ops import reference_int8 as reference
 from bigkern.ops import reference_int8_conv2d
 from bigkern.ops.int8_autograd import packed_size
 from bigkern.ops.int8_conv2d import int8_conv2d, pack_conv2d_weight
+from bigkern.testing import assert_as_accurate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,6 +54,20 @@ def test_each_tile_is_exact(controls, tile, layout, K):
         _, names = launched(controls)
         assert len(names) == 1  # none is copied first
         assert f"Int8Tile<{tile}" in names[0]
+
+
+@every_layout
+@every_tile
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_each_tile_scales_its_rows_and_columns(controls, tile, layout, activation):
+    M, N = TILES[tile]
+    x, weight, scale, bias = torch.randn(M, 48), integers(N, 48), torch.rand(N), torch.randn(N)
+    arguments = (x, LAYOUTS[layout](weight.T).T, scale, bias)
+    actual = bigkern.int8_linear(*arguments, activation=activation)
+    assert any(f"Int8Tile<{tile}" in name for name in launched(controls)[1])
+    baseline = reference.int8_linear(*arguments, activation=activation)
+    expected = reference.int8_linear(*arguments, activation=activation, dtype=torch.float64)
+    assert_as_accurate(actual, expected, baseline)
 
 
 @every_tile

@@ -117,17 +117,20 @@ class AttentionBackward {
   }
 
  private:
+  static constexpr int64_t kMostPackedOnce = 256 << 10;  // elements
+
   AttentionBackward(const AttentionBackwardProblem& backward, const AttentionBackwardUnit& unit, Workspace& workspace)
       : backward_(backward),
         problem_(*backward.forward),
         unit_(unit),
         num_queries_(unit.i_end - unit.i_begin),
-        packs_once_(unit.j_end - unit.j_begin > kBlockKV),
         tile_(problem_, workspace) {
-    Workspace& of_queries = packs_once_ ? all_queries_ : workspace;
-    const int64_t num_rows = packs_once_ ? unit.num_heads * num_queries_ : kBackwardBlockQ;
-    q_ = of_queries.take<Scalar>(num_rows * tile_.q_row);
-    grad_out_ = of_queries.take<Scalar>(num_rows * tile_.v_row);
+    const int64_t all_rows = unit.num_heads * num_queries_;
+    const bool has_blocks = unit.j_end - unit.j_begin > kBlockKV;
+    packs_once_ = has_blocks && all_rows * (tile_.q_row + tile_.v_row) <= kMostPackedOnce;
+    const int64_t num_rows = packs_once_ ? all_rows : kBackwardBlockQ;
+    q_ = workspace.take<Scalar>(num_rows * tile_.q_row);
+    grad_out_ = workspace.take<Scalar>(num_rows * tile_.v_row);
     k_ = workspace.take<Scalar>(kBlockKV * tile_.q_row);
     if (!unit.owns_keys) return;
     grad_k_ = workspace.take<Scalar>(kBlockKV * tile_.q_row);
@@ -165,7 +168,7 @@ class AttentionBackward {
     if (unit_.owns_queries) store_queries(grad_q);
   }
 
-  // Those of the unit, where several blocks of keys meet them: rows that lie far apart are read slowly.
+  // Those of the unit, where several blocks of keys meet them and a cache holds them: rows far apart are read slowly.
   BK_TARGET void pack_all_queries() {
     for (int64_t h = 0; h < unit_.num_heads; ++h) {
       for (int64_t i = unit_.i_begin; i < unit_.i_end; i += kBackwardBlockQ) {
@@ -237,9 +240,8 @@ class AttentionBackward {
   const AttentionProblem& problem_;
   const AttentionBackwardUnit& unit_;
   const int64_t num_queries_;  // of a head
-  const bool packs_once_;
+  bool packs_once_;
   AttentionBackwardTile<V, T, kPairs> tile_;
-  Workspace all_queries_;  // for the time of the unit: they may be many
   Scalar *q_, *grad_out_;  // packed: of all of the unit's queries, or of a tile
   Scalar *k_, *grad_k_ = nullptr, *grad_v_ = nullptr;
 };
