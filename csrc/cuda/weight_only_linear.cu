@@ -1,4 +1,6 @@
 // weight_only_linear on a GPU, as fast as the weight is read where x has few rows.
+#include <limits>
+
 #include "../int8_mm_call.h"
 #include "launch.cuh"
 #include "quantize.cuh"
@@ -43,9 +45,9 @@ __device__ inline void load_weights(float (&w)[kWeights], const int8_t* row, int
 }
 
 // Weights k, ... times the scales of their groups, of which the first is `group`.
-__device__ inline void scale_groups(float (&w)[kWeights], const float* scale, int64_t k, int64_t group,
+__device__ inline void scale_groups(float (&w)[kWeights], const float* scale, int64_t k, int32_t group,
                                     const WeightOnlyCall& call) {
-  int64_t end = (group + 1) * call.group_size;
+  int64_t end = (int64_t{group} + 1) * call.group_size;
   float s = scale[group];
   if (k + kWeights <= end) {
 #pragma unroll
@@ -76,7 +78,7 @@ __global__ void __launch_bounds__(kThreads) weight_only_kernel(const __grid_cons
   float sums[kRows][kCols] = {};
   for (int64_t k = threadIdx.x * kWeights; k < call.K; k += kThreads * kWeights) {
     float w[kCols][kWeights];
-    const int64_t group = p.is_grouped ? k / call.group_size : 0;
+    const auto group = static_cast<int32_t>(p.is_grouped ? k / call.group_size : 0);
 #pragma unroll
     for (int c = 0; c < kCols; ++c) {
       load_weights(w[c], p.weight + column[c] * p.weight_row, k, call.K, p.weight_is_aligned);
@@ -138,6 +140,8 @@ Tensor weight_only_linear_cuda(Tensor x, Tensor weight_q, Tensor weight_scale, O
                                int64_t group_size) {
   const WeightOnlyCall call = check_weight_only(x, weight_q, weight_scale, group_size);
   check_bias(bias, x, call.N);
+  BK_CHECK(call.num_groups <= std::numeric_limits<int32_t>::max(),
+           "weight_scale must have less than 2^31 groups a row on a GPU, got ", call.num_groups);
   TensorList keep;
   const auto contiguous = [&keep](const Tensor& t) {
     keep.push_back(torch::stable::contiguous(t));
