@@ -74,9 +74,7 @@ def test_each_tile_scales_its_rows_and_columns(controls, tile, layout, activatio
 def test_too_many_groups_are_an_error():
     x, scale = (torch.zeros(1, 1).expand(1, 2**31) for _ in range(2))
     weight = torch.zeros(1, 1, dtype=torch.int8).expand(1, 2**31)
-    with pytest.raises(
-        (RuntimeError, ValueError), match=r"less than 2\^31 groups a row .* got 2147483648"
-    ):
+    with pytest.raises(ValueError, match=r"less than 2\^31 groups a row .* got 2147483648"):
         bigkern.weight_only_linear(x, weight, scale, group_size=1)
 
 

@@ -129,6 +129,10 @@ def test_equal_writes_can_be_allowed(races):
         write_one_byte_twice(equal)
         with pytest.raises(RuntimeError, match=r"^race: .* writes .* has written"):
             write_one_byte_twice(different)
+        races("same_word", torch.ones(32, dtype=torch.int32), zeros(1))
+        last = torch.arange(32, dtype=torch.int32) // 31  # differs in the last thread alone
+        with pytest.raises(RuntimeError, match=r"^race: .* writes .* has written"):
+            races("same_word", last, zeros(1))
     finally:
         races.controls.find_races(True)
 

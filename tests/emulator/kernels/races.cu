@@ -19,6 +19,9 @@ extern "C" __global__ void bytes(const int8_t* in, int8_t* out, int bug) {
   out[threadIdx.x] = smem[threadIdx.x];
 }
 
+// All threads write the same word, and no access follows.
+extern "C" __global__ void same_word(const int* in, int* out) { *out = in[threadIdx.x]; }
+
 // The barrier of each half of the block. Bug: one half reads what the other writes.
 extern "C" __global__ void halves(const int* in, int* out, int bug) {
   __shared__ int smem[128];
